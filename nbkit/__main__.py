@@ -1,8 +1,8 @@
 """`python -m nbkit`: run a RunConfig headless, look at the machine, fetch a checkpoint.
 
-    python -m nbkit run run.json [--resume]
-    python -m nbkit doctor
-    python -m nbkit fetch smollm2-135m-instruct
+python -m nbkit run run.json [--resume]
+python -m nbkit doctor
+python -m nbkit fetch smollm2-135m-instruct
 """
 
 from __future__ import annotations

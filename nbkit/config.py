@@ -68,7 +68,9 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, f"LoRA rank is {self.rank}; it must be at least 1 (8, 16 and 32 are usual).")
-        _require(self.alpha is None or self.alpha > 0, f"LoRA alpha is {self.alpha}; it must be above 0, or None for alpha = rank.")
+        _require(
+            self.alpha is None or self.alpha > 0, f"LoRA alpha is {self.alpha}; it must be above 0, or None for alpha = rank."
+        )
         _require(0 <= self.dropout < 1, f"LoRA dropout is {self.dropout}; it must be at least 0 and below 1.")
         _choice(self.bias, ("none", "all", "lora_only"), "LoRA bias")
         _require(len(self.targets) > 0, "LoRA has no target modules; name at least one, such as q_proj.")
@@ -140,11 +142,16 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1.")
         for name in ("warmup_steps", "save_steps"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative.")
-        _require(self.max_steps is None or self.max_steps >= 1, f"max_steps is {self.max_steps}; it must be at least 1, or None for whole epochs.")
+        _require(
+            self.max_steps is None or self.max_steps >= 1,
+            f"max_steps is {self.max_steps}; it must be at least 1, or None for whole epochs.",
+        )
         _require(self.epochs > 0, f"epochs is {self.epochs}; it must be above 0.")
         _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; it must be above 0 (2e-4 is usual for LoRA).")
-        _require(self.gradient_checkpointing in (True, False, "nbkit", "unsloth"),
-                 f"gradient_checkpointing is {self.gradient_checkpointing!r}; use True, False, 'nbkit' or 'unsloth'.")
+        _require(
+            self.gradient_checkpointing in (True, False, "nbkit", "unsloth"),
+            f"gradient_checkpointing is {self.gradient_checkpointing!r}; use True, False, 'nbkit' or 'unsloth'.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +211,9 @@ class RunConfig:
         except json.JSONDecodeError as error:
             raise ConfigError(f"The run file is not JSON: {error}.") from error
         if isinstance(values, dict) and values.get("schema", SCHEMA) > SCHEMA:
-            raise ConfigError(f"The run file has schema {values['schema']}, this nbkit reads up to {SCHEMA}; install a newer nbkit-llm.")
+            raise ConfigError(
+                f"The run file has schema {values['schema']}, this nbkit reads up to {SCHEMA}; install a newer nbkit-llm."
+            )
         return _build(cls, values, "run file")
 
 

@@ -101,9 +101,7 @@ class Session:
         from nbkit.models.load import load
 
         self._require_idle("load another model")
-        config = ModelConfig(
-            name=name, revision=revision, load_in_4bit=load_in_4bit, dtype=dtype, max_seq_length=max_seq_length
-        )
+        config = ModelConfig(name=name, revision=revision, load_in_4bit=load_in_4bit, dtype=dtype, max_seq_length=max_seq_length)
         self.unload()
         self.loaded = load(config, token=token, progress=progress)
         self.model, self.tokenizer, self._model_config = self.loaded.model, self.loaded.tokenizer, config
@@ -162,9 +160,7 @@ class Session:
 
         return catalog(load_in_4bit=load_in_4bit)
 
-    def lora_size(
-        self, name: str | None = None, rank: int = 16, targets: Sequence[str] = ALL_LINEAR
-    ) -> tuple[int, int, int]:
+    def lora_size(self, name: str | None = None, rank: int = 16, targets: Sequence[str] = ALL_LINEAR) -> tuple[int, int, int]:
         """(trainable parameters, parameters of the model, adapter bytes on disk) without building anything.
 
         Args:

@@ -129,8 +129,8 @@ def from_dict(values: dict[str, Any]) -> Event:
     Raises: KeyError for an unknown kind, TypeError for a missing field.
     """
     cls = KINDS[values["kind"]]
-    names = {f.name for f in dataclasses.fields(cls)}
-    return cls(**{k: _number(v) for k, v in values.items() if k in names})
+    types = {f.name: str(f.type) for f in dataclasses.fields(cls)}
+    return cls(**{k: _number(v) if "float" in types[k] else v for k, v in values.items() if k in types})
 
 
 def _plain(value: Any) -> Any:
