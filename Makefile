@@ -51,7 +51,7 @@ slow: $(STAMP)  ## what takes long: notebooks, wheel, browser, Colab's versions,
 	$(PY) -m pytest -m "slow and not gpu" --durations=15 -ra
 
 fuzz: $(STAMP)  ## the property tests with fifty times as many examples
-	$(PY) -m pytest -n $(JOBS) -m "not gpu and not network" --hypothesis-profile=fuzz tests -k "property or fuzz"
+	$(PY) -m pytest -p tests.fuzz -n $(JOBS) -m "hypothesis and not gpu and not network"
 
 wheel: $(STAMP)  ## dist/nbkit_llm-*.whl
 	$(PY) -m build --wheel --outdir dist .

@@ -1,0 +1,182 @@
+"""The source of notebooks/quickstart.ipynb; `python notebooks/build.py` makes the notebook from it."""
+
+# %% [markdown]
+# # Fine-tune a language model, here, now
+#
+# {{badges}}
+#
+# **Needs:** 2 CPU cores and 2 GB of free memory; a GPU is used if there is one · about 5 minutes · downloads 93 MB once.
+#
+# You will take SmolLM2, a real chat model with 135 million parameters, and teach it something it cannot do: turn a rambling
+# report from the bridge into one terse line of a ship's log. You will see it fail before, learn in two minutes, and succeed after.
+# Choose **Run → Run All Cells** and read along.
+
+# %%
+# {{install}}
+
+# %% [markdown]
+# ## 1. What is this machine?
+#
+# The doctor looks at versions, device, memory and disk, and says in one sentence each what would get in the way.
+
+# %%
+import nbkit
+
+nbkit.doctor()
+
+# %% [markdown]
+# ## 2. A model
+#
+# A `Session` holds one model, its adapter, its data and its latest run. Everything the panels do goes through it, so that you can
+# do the same from code. The model is fetched once and kept; any hub id or local folder would load through the same call.
+
+# %%
+session = nbkit.Session()
+session.load("smollm2-135m-instruct", max_seq_length=512)
+
+# %% [markdown]
+# ## 3. A small adapter instead of the whole model
+#
+# LoRA leaves the model's own weights alone. Beside each linear layer it puts two thin matrices, and only those are trained:
+# 2.4 million numbers here instead of 135 million, which is why it fits. `rank` is how thin: more rank can learn more, and costs more.
+
+# %%
+session.add_lora(rank=8)
+session.patched
+
+# %% [markdown]
+# ## 4. Examples to learn from
+#
+# The sample holds 160 reports with the log line each should become, and 30 more that are never trained on: they are the exam.
+# Your own JSONL, JSON or CSV file works the same way; the format is detected.
+
+# %%
+session.use_data("sample:ships-log", held_out="sample:ships-log/held_out")
+
+# %% [markdown]
+# This is one example as the model sees it. Coloured tokens are the ones it is graded on: the reply, and the mark that ends it.
+# The question is context, so it bears no loss.
+
+# %%
+from nbkit.widgets import DatasetMapper
+
+DatasetMapper(session)
+
+# %% [markdown]
+# ## 5. Before
+#
+# What does the model make of such a report today? The exam is thirty reports it will never be trained on, answered greedily. A field is
+# one fact of the log line: the time, the position, the weather, what happened.
+
+# %%
+before = session.evaluate(adapter=False, max_new_tokens=48)
+print(before)
+print("\nReport:", before.answers[0].prompt, "\n\nSmolLM2:", before.answers[0].reply)
+
+# %% [markdown]
+# ## 6. Train
+#
+# The cell stays busy until training ends, and the plot moves meanwhile. **Stop** (or the kernel's ■) ends at the next step and keeps
+# what was learned. The batch is chosen by the memory that is free, so that this also runs on a small hosted machine.
+
+# %%
+from nbkit.hardware.probe import probe
+from nbkit.widgets import TrainingPanel
+
+roomy = probe().free_bytes > 4e9
+config = nbkit.TrainConfig(
+    batch_size=4 if roomy else 2,
+    max_steps=40,
+    learning_rate=1e-3,
+    warmup_steps=4,
+    gradient_checkpointing=True,
+    seed=3407,
+)
+run = session.train(config)
+panel = TrainingPanel(session)
+panel
+
+# %%
+result = await run
+print(f"{result.step} steps in {result.seconds:.0f} s, last loss {result.loss:.3f}")
+
+# %% [markdown]
+# ## 7. After
+#
+# The same exam. The loss is how surprised the model is by the right answers; the fields are what a reader would check.
+
+# %%
+after = session.evaluate(max_new_tokens=48)
+print("before:", before)
+print("after: ", after)
+
+# %% [markdown]
+# Three reports from the exam, side by side:
+
+# %%
+from html import escape
+
+from IPython.display import HTML
+
+shown = [0, 10, 20]
+rows = "".join(
+    f"<tr><td>{escape(b.prompt)}</td><td>{escape(b.reply)}</td><td><b>{escape(a.reply)}</b></td><td>{escape(a.expected)}</td></tr>"
+    for b, a in ((before.answers[i], after.answers[i]) for i in shown)
+)
+HTML(f"<table><tr><th>report</th><th>before</th><th>after</th><th>what the log says</th></tr>{rows}</table>")
+
+# %% [markdown]
+# Now write your own report:
+
+# %%
+from nbkit.widgets import ChatBox
+
+chat = ChatBox(session)
+chat.send("Half past six in the evening, ten miles north of the cape. The fog is thick and the radio has stopped working.")
+chat
+
+# %% [markdown]
+# ## 8. Take it with you
+#
+# - the **adapter**: a few megabytes, loads onto the same model with PEFT;
+# - the **merged model**: a transformers folder that anything can load; it is re-read from disk and compared with what was trained;
+# - **GGUF** files for llama.cpp, Ollama and LM Studio: 16-bit, and 8-bit at half the size.
+
+# %%
+adapter = session.export("adapter")
+merged = session.export("merged_16bit")
+gguf = [session.export("gguf", quantization=kind) for kind in ("f16", "q8_0")]
+for report in (adapter, merged, *gguf):
+    print(report)
+
+# %% [markdown]
+# ## What happened, in figures
+#
+# Kept in the workspace too. The whole run can be repeated without a notebook: `python -m nbkit run run.json`.
+
+# %%
+import json
+
+summary = {
+    "rows": len(after.answers),
+    "loss_before": before.loss,
+    "loss_after": after.loss,
+    "fields": after.fields,
+    "fields_right_before": before.fields_right,
+    "fields_right_after": after.fields_right,
+    "answers": [
+        {"prompt": before.answers[i].prompt, "before": before.answers[i].reply, "after": after.answers[i].reply} for i in shown
+    ],
+    "adapter": str(adapter.path),
+    "merged": str(merged.path),
+    "gguf": [str(report.path) for report in gguf],
+    "train_seconds": result.seconds,
+    "peak_bytes": result.peak_bytes,
+    "steps": result.step,
+}
+(session.workspace / "quickstart.json").write_text(json.dumps(summary, indent=2))
+print(f"held-out loss {before.loss:.3f} -> {after.loss:.3f}")
+print(f"fields right  {before.fields_right} -> {after.fields_right} of {after.fields}")
+
+# %% [markdown]
+# **Next:** give `session.use_data` your own file, or type `nbkit.studio()` in a new cell to do all of this with the mouse.
