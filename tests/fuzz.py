@@ -16,4 +16,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             test = getattr(test, "__func__", test)
             usual = getattr(test, "_hypothesis_internal_use_settings", settings())
             more = settings(usual, max_examples=usual.max_examples * FACTOR, deadline=None)
-            test._hypothesis_internal_use_settings = more  # where hypothesis itself looks; there is no public way after collection
+            # Where hypothesis itself looks; there is no public way once the tests are collected.
+            test._hypothesis_internal_use_settings = more
