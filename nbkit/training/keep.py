@@ -1,0 +1,72 @@
+"""What TRL, transformers and accelerate change on a model object, recorded and put back.
+
+TRL 1.x binds its own head forward to the instance and casts adapters on 4-bit weights to bfloat16;
+accelerate binds an autocast wrapper; transformers sets `config.use_cache`. A model that has been trained
+must chat, export and train again as if none of it had happened.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_BOUND = ("forward", "_original_forward", "_is_accelerate_prepared")  # instance attributes those libraries set
+_MISSING = object()
+
+
+class ModelState:
+    """A record of one model, made before a trainer is."""
+
+    def __init__(self, model: Any) -> None:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._model = model
+        self._bound = [(m, n, vars(m).get(n, _MISSING)) for m in dict.fromkeys((model, base)) for n in _BOUND]
+        # The tensors themselves: a cast to bfloat16 and back would round them.
+        self._weights = [(p, p.data) for p in model.parameters() if p.requires_grad]
+        self._training = model.training
+        self._use_cache = getattr(model.config, "use_cache", _MISSING)
+
+    def restore_weights_and_forwards(self) -> None:
+        """Undoes what a trainer's constructor did. Call it before a step is made: weights go back in value too."""
+        for parameter, data in self._weights:
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+        self._weights = []
+        self._restore_bound()
+
+    def restore(self) -> None:
+        """Undoes what training did to the object; trained weights stay."""
+        self._restore_bound()
+        self._model.train(self._training)
+        if self._use_cache is not _MISSING:
+            self._model.config.use_cache = self._use_cache
+        set_checkpointing(self._model, False)
+
+    def _restore_bound(self) -> None:
+        for module, name, value in self._bound:
+            if value is _MISSING:
+                vars(module).pop(name, None)
+            else:
+                vars(module)[name] = value
+
+
+def set_checkpointing(model: Any, on: bool) -> None:
+    """transformers' own activation checkpointing, without reentrant autograd, on or off."""
+    options = {"use_reentrant": False}
+    # transformers 5.23 renamed it; the old name warns there and is the only one before.
+    if hasattr(model, "activation_checkpointing_enable"):
+        if on:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        else:
+            model.activation_checkpointing_disable()
+    elif on:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_disable()
+
+
+def trainable_are_finite(model: Any) -> bool:
+    """True if no trained tensor holds nan or infinity."""
+    flags = [torch.isfinite(p).all() for p in model.parameters() if p.requires_grad]
+    return bool(torch.stack([flag.cpu() for flag in flags]).all())
