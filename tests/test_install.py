@@ -15,11 +15,12 @@ from nbclient import NotebookClient
 from tests.lanes import ROOT, borrow, empty_venv, kernel, pip, run, short_quickstart, site_packages
 
 COLAB = ROOT / "constraints" / "colab-2026.08.txt"
-# Versions of Colab whose interfaces nbkit meets directly or through its libraries; torch stays the pinned set's CPU build.
+# What of Colab's set stands in for the pinned set: the libraries that nbkit meets, and what they need that the pinned set has not.
 COLAB_LANE = (
     *("accelerate", "datasets", "dill", "fsspec", "huggingface_hub", "multiprocess", "numpy", "pandas", "peft", "pyarrow"),
     *("ipykernel", "ipython", "ipywidgets", "jupyter_client", "tokenizers", "tornado", "traitlets", "transformers"),
-    "widgetsnbextension",
+    *("aiohappyeyeballs", "aiohttp", "aiosignal", "frozenlist", "multidict", "propcache", "yarl", "pytz"),
+    *("backcall", "decorator", "entrypoints", "ipython-genutils", "nest-asyncio", "pickleshare", "pyzmq", "widgetsnbextension"),
 )
 
 
@@ -149,8 +150,8 @@ def test_the_quickstart_runs_on_colabs_versions(
     """ipykernel 6.17, IPython 7.34, ipywidgets 7.7, transformers 5.15, trl 0.29, datasets 4.0: the oldest promised set."""
     python = empty_venv(tmp_path / "venv")
     versions = pins(COLAB)
-    pip(python, "install", "--quiet", *(f"{name}=={versions[name]}" for name in COLAB_LANE), "trl==0.29.1", "jupyter-ui-poll")
-    pip(python, "install", "--quiet", "--no-deps", wheel)
+    lane = [f"{name}=={versions[name]}" for name in COLAB_LANE]
+    pip(python, "install", "--quiet", "--no-deps", *lane, "trl==0.29.1", "jupyter-ui-poll", wheel)
     borrow(python)
     for name, value in kernel(python, tmp_path / "jupyter", "like-colab").items():
         monkeypatch.setenv(name, value)
