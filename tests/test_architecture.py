@@ -22,7 +22,7 @@ ALLOWED = {
     "hardware": {"torch", "psutil", "pynvml", "transformers"},
     "widgets": {"ipywidgets", "IPython", "traitlets"},
 }
-FREE_KEYWORDS = ("replace", "forward")  # dataclasses.replace checks the names; a forward takes what transformers passes
+FREE_KEYWORDS = ("replace", "forward", "set")  # replace and Panel.set check the names; a forward takes what transformers passes
 HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "triton", "pandas", "pyarrow")
 
 
