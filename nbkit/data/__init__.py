@@ -1,0 +1,1 @@
+"""Any rows become exactly labelled examples: sources → formats → template → report → collate."""
