@@ -80,8 +80,10 @@ print("\nReport:", before.answers[0].prompt, "\n\nSmolLM2:", before.answers[0].r
 # what was learned. The batch is chosen by the memory that is free, so that this also runs on a small hosted machine.
 
 # %%
+from IPython.display import display
+
 from nbkit.hardware.probe import probe
-from nbkit.widgets import TrainingPanel
+from nbkit.widgets import TrainPanel
 
 roomy = probe().free_bytes > 4e9
 config = nbkit.TrainConfig(
@@ -92,13 +94,9 @@ config = nbkit.TrainConfig(
     gradient_checkpointing=True,
     seed=3407,
 )
+display(TrainPanel(session))
 run = session.train(config)
-panel = TrainingPanel(session)
-panel
-
-# %%
 result = await run
-print(f"{result.step} steps in {result.seconds:.0f} s, last loss {result.loss:.3f}")
 
 # %% [markdown]
 # ## 7. After
@@ -129,11 +127,16 @@ HTML(f"<table><tr><th>report</th><th>before</th><th>after</th><th>what the log s
 # Now write your own report:
 
 # %%
-from nbkit.widgets import ChatBox
+from nbkit.widgets import ChatPanel
 
-chat = ChatBox(session)
-chat.send("Half past six in the evening, ten miles north of the cape. The fog is thick and the radio has stopped working.")
-chat
+chat = ChatPanel(session)
+display(chat)
+chat.set(
+    prompt="Half past six in the evening, ten miles north of the cape. The fog is thick and the radio has stopped working.",
+    max_new_tokens=48,
+)
+chat.click("send")
+await chat.finished()
 
 # %% [markdown]
 # ## 8. Take it with you
