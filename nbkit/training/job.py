@@ -137,10 +137,9 @@ class Job:
 
     def _save_adapter(self, step: int) -> str:
         """Writes `<run folder>/adapter` whole, in place of an older one."""
-        from nbkit.training.keep import trainable_are_finite
+        from nbkit.training.keep import require_finite
 
-        if not trainable_are_finite(self._model):
-            raise TrainingError(f"After step {step} the adapter is not finite and was not saved; lower the learning_rate.")
+        require_finite(self._model, step)
         size = sum(p.numel() * p.element_size() for p in self._model.parameters() if p.requires_grad)
         checkpoints.require_space(self._folder, size + 1_000_000, "The adapter")
         target = self._folder / ADAPTER_NAME

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from nbkit.errors import TrainingError
+
 _BOUND = ("forward", "_original_forward", "_is_accelerate_prepared")  # instance attributes those libraries set
 _MISSING = object()
 
@@ -54,19 +56,21 @@ class ModelState:
 def set_checkpointing(model: Any, on: bool) -> None:
     """transformers' own activation checkpointing, without reentrant autograd, on or off."""
     options = {"use_reentrant": False}
-    # transformers 5.23 renamed it; the old name warns there and is the only one before.
-    if hasattr(model, "activation_checkpointing_enable"):
-        if on:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-        else:
-            model.activation_checkpointing_disable()
-    elif on:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    renamed = hasattr(model, "activation_checkpointing_enable")  # in transformers 5.23; the old name warns there
+    if not on:
+        model.activation_checkpointing_disable() if renamed else model.gradient_checkpointing_disable()
+        return
+    if renamed:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
-        model.gradient_checkpointing_disable()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    # transformers also hooks the embeddings so that their output asks for a gradient. Only reentrant
+    # checkpointing needs that; here it would cost the first layer a gradient that nobody reads.
+    model.disable_input_require_grads()
 
 
-def trainable_are_finite(model: Any) -> bool:
-    """True if no trained tensor holds nan or infinity."""
+def require_finite(model: Any, step: int) -> None:
+    """Raises: TrainingError if a trained tensor holds nan or infinity; asked before anything is saved."""
     flags = [torch.isfinite(p).all() for p in model.parameters() if p.requires_grad]
-    return bool(torch.stack([flag.cpu() for flag in flags]).all())
+    if not bool(torch.stack([flag.cpu() for flag in flags]).all()):
+        raise TrainingError(f"After step {step} the adapter is not finite and was not saved; lower the learning_rate.")

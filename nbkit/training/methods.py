@@ -136,8 +136,8 @@ def _arguments(train: TrainConfig, folder: Path, model: Any, compute: Any, steps
         "use_cpu": on_cpu,
         "bf16": compute == torch.bfloat16,  # autocast: adapters stay in float32, products run in half precision
         "fp16": compute == torch.float16,
-        # Both False: the run sets checkpointing on the model itself. TRL's own way leaves a hook on the embeddings.
-        # 5.23 wants the new name; before, only the old one exists.
+        # The run sets checkpointing on the model itself: TRL's own way leaves a hook on the embeddings.
+        "activation_checkpointing": False,  # its name from transformers 5.23 on
         "gradient_checkpointing": False,
         "save_strategy": "no",  # TrainerMixin decides
         "eval_strategy": "no",

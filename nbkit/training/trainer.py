@@ -25,7 +25,7 @@ from nbkit.errors import TrainingError
 from nbkit.events import CheckpointEvent, Event, MemoryEvent, MessageEvent, StepEvent
 from nbkit.hardware.meter import Meter
 from nbkit.training import checkpoints
-from nbkit.training.keep import ModelState
+from nbkit.training.keep import ModelState, require_finite
 
 # Progress is told by events alone; these would print a second table.
 _PRINTERS = {"NotebookProgressCallback", "ProgressCallback", "PrinterCallback"}
@@ -111,8 +111,8 @@ class TrainerMixin:
         """Puts the model back as it was, adapters apart, and lets go of optimizer and gradients."""
         self.model.zero_grad(set_to_none=True)
         self._kept.restore()
-        self.optimizer = self.lr_scheduler = None
-        self.accelerator.free_memory()
+        if self.optimizer is not None:
+            self.optimizer.state.clear()  # accelerate keeps the optimizer itself until the trainer is collected
 
     # -- what transformers' loop asks --------------------------------------------------------------
 
@@ -225,6 +225,7 @@ class TrainerMixin:
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """Publishes `checkpoint-000040` whole; transformers' own order of writing leaves torn ones after a kill."""
         step, folder = self.state.global_step, self.link.folder
+        require_finite(self.model, step)
         with checkpoints.staged(folder, step, self.link.facts, self._checkpoint_bytes()) as staging:
             self.model.save_pretrained(staging, save_embedding_layers=False)  # "auto" would ask the hub for the base config
             self._save_optimizer_and_scheduler(str(staging))

@@ -1,0 +1,85 @@
+"""The table of methods, the number of steps, and the arguments that TRL gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nbkit.config import METHODS as DECLARED
+from nbkit.config import TrainConfig
+from nbkit.errors import TrainingError
+from nbkit.training import methods
+from nbkit.training.trainer import Link, TrainerMixin
+from tests.tiny import tiny_model, tiny_tokenizer
+from tests.training import rig
+
+
+def build(tmp_path: Path, model: Any, **train: Any) -> Any:
+    link = Link(rig.config(tmp_path, **train), tmp_path, {}, lambda event: None, lambda: False)
+    return methods.build(link, model, tiny_tokenizer(), rig.rows().examples)
+
+
+def test_every_declared_method_is_in_the_table() -> None:
+    assert set(methods.METHODS) == set(DECLARED)
+
+
+@pytest.mark.parametrize(
+    ("train", "rows", "steps"),
+    [
+        ({"max_steps": 7}, 3, 7),
+        ({"batch_size": 2}, 11, 6),
+        ({"batch_size": 2, "gradient_accumulation": 4}, 11, 2),
+        ({"batch_size": 2, "epochs": 2.5}, 8, 10),
+        ({"batch_size": 8, "epochs": 0.01}, 3, 1),
+    ],
+)
+def test_total_steps(train: dict[str, Any], rows: int, steps: int) -> None:
+    assert methods.total_steps(TrainConfig(**train), rows) == steps
+
+
+def test_the_trainer_is_the_mixin_before_trls(tmp_path: Path) -> None:
+    from trl import SFTTrainer
+
+    trainer = build(tmp_path, rig.lora_model())
+    order = type(trainer).__mro__
+    assert order.index(TrainerMixin) < order.index(SFTTrainer)
+    names = {type(callback).__name__ for callback in trainer.callback_handler.callbacks}
+    assert not names & {"ProgressCallback", "PrinterCallback", "NotebookProgressCallback"}
+    trainer.close()
+
+
+def test_on_a_cpu_the_precision_is_that_of_the_model_and_nothing_is_left_to_trls_defaults(tmp_path: Path) -> None:
+    trainer = build(tmp_path, rig.lora_model(), schedule="cosine", warmup_steps=3, weight_decay=0.1, seed=5)
+    args = trainer.args
+    assert args.use_cpu and not args.bf16 and not args.fp16 and args.device.type == "cpu" and args.n_gpu <= 1
+    assert not args.gradient_checkpointing and args.max_length is None and not args.packing
+    assert (args.warmup_steps, args.weight_decay, args.seed, args.max_grad_norm) == (3, 0.1, 5, 1.0)
+    assert str(args.lr_scheduler_type.value) == "cosine" and args.optim.value == "adamw_torch_fused"
+    assert args.report_to in ([], "none", ["none"]) and not args.dataloader_pin_memory
+    trainer.close()
+    bf16 = build(tmp_path, rig.lora_model(base=tiny_model().bfloat16()))
+    assert bf16.args.bf16
+    bf16.close()
+
+
+def test_float16_on_a_cpu_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match='float16 does not train on a CPU; load the model with dtype="float32"'):
+        build(tmp_path, rig.lora_model(base=tiny_model().half()))
+
+
+def test_a_constant_schedule_with_warm_up_warms_up(tmp_path: Path) -> None:
+    trainer = build(tmp_path, rig.lora_model(), schedule="constant", warmup_steps=2)
+    assert trainer.args.lr_scheduler_type.value == "constant_with_warmup"
+    trainer.close()
+
+
+def test_the_compute_dtype_of_four_bit_weights_is_their_own(tiny_model_dir: Path) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=settings, dtype=torch.float32)
+    assert methods.compute_dtype(model) == torch.bfloat16
+    assert methods.compute_dtype(tiny_model()) == torch.float32
