@@ -17,6 +17,7 @@ from nbkit.errors import ModelError
 from nbkit.families import Family, find
 from nbkit.hardware.shapes import ModelShape, shape_of
 from nbkit.models.files import read_json, size_text
+from nbkit.models.quiet import quiet_libraries
 from nbkit.models.resolve import resolve, suggest
 
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|PAD_TOKEN|>", "<|endoftext|>", "<unk>")
@@ -52,7 +53,7 @@ def load(config: ModelConfig, *, token: str | None = None, progress: bool = True
     shape = shape_of(facts)
     device, dtype = _place(config.dtype)
     _require_memory(config, shape, device, dtype, quantized=bool(quantization or facts.get("quantization_config")))
-    with _bars(progress):
+    with _bars(progress), quiet_libraries():
         tokenizer = _tokenizer(found.folder, config.name)
         model = _model(found.folder, config.name, device, dtype, quantization)
     _set_compute_dtype(model, dtype)

