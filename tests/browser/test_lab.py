@@ -35,10 +35,10 @@ def stop_mid_training(page: Page) -> tuple[int, int]:
     cell = page.locator(".jp-CodeCell").filter(has_text="await run")
     bar = cell.get_by_role("progressbar", name="Training progress")
     expect(bar).to_have_attribute("aria-valuenow", re.compile(r"[1-9]\d*"), timeout=TRAIN)
-    first, drawn = step_of(bar), cell.locator("svg").first.inner_html()
+    first, drawn = step_of(bar), cell.locator(".nbk-figure svg").first.inner_html()
     expect(bar).not_to_have_attribute("aria-valuenow", str(first), timeout=STEP)
     assert step_of(bar) > first
-    assert cell.locator("svg").first.inner_html() != drawn, "the plot is drawn anew"
+    assert cell.locator(".nbk-figure svg").first.inner_html() != drawn, "the plot is drawn anew"
     pressed = step_of(bar)
     cell.get_by_role("button", name="Stop", exact=True).click()
     expect(cell).to_contain_text(re.compile(r"Stopped at step \d+"), timeout=STEP)
