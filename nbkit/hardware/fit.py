@@ -19,18 +19,19 @@ MIB = 2**20
 NF4_BYTES = 0.5159  # per weight: 4 bits, an 8-bit absmax per 64 weights, a float32 scale per 256 of those (arXiv 2305.14314)
 LOGIT_ROWS = 1024  # rows of logits that are in memory at once
 CUDA_CONTEXT = 450 * MIB
-LIBRARIES = 600 * MIB  # torch, transformers, PEFT, TRL and bitsandbytes in a process, on CPU
+LIBRARIES = 900 * MIB  # torch, transformers, PEFT, TRL, bitsandbytes and what malloc keeps back, in a process on CPU
 RESERVE = 0.05  # of the free memory, for fragmentation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """`parts` add up to `needed_bytes`. `reason` is one sentence, with what would fit instead where it does not."""
+    """`parts` add up to `needed_bytes`. `reason` is one sentence; where it does not fit it ends with `instead`: what would."""
 
     ok: bool
     needed_bytes: int
     free_bytes: int
     reason: str
+    instead: str
     parts: Mapping[str, int]
 
 
@@ -49,12 +50,24 @@ class CatalogEntry:
     fit: Fit
 
     @property
-    def ok(self) -> bool:
+    def fits(self) -> bool:
         return self.fit.ok
 
     @property
+    def needed_bytes(self) -> int:
+        return self.fit.needed_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        return self.fit.free_bytes
+
+    @property
     def reason(self) -> str:
-        return self.fit.reason
+        """Where it fits, what takes the most; else what would fit. The bytes needed and free stand beside it."""
+        if not self.fits:
+            return f"{self.fit.instead[0].upper()}{self.fit.instead[1:]}."
+        largest = sorted(self.fit.parts.items(), key=lambda part: -part[1])[:3]
+        return f"Most of it: {', '.join(f'{name} {_gib(size)}' for name, size in largest)}."
 
 
 def weight_bytes(shape: ModelShape, *, load_in_4bit: bool, bytes_per_weight: int) -> int:
@@ -85,9 +98,10 @@ def fit(
     free = int(machine.free_bytes * (1 - RESERVE))
     what = f"needs about {_gib(needed)}, {_gib(free)} of {machine.memory} are free"
     if needed <= free:
-        return Fit(ok=True, needed_bytes=needed, free_bytes=free, reason=f"Fits: {what}.", parts=parts)
+        return Fit(ok=True, needed_bytes=needed, free_bytes=free, reason=f"Fits: {what}.", instead="", parts=parts)
     instead = _instead(shape, machine, lora, load_in_4bit, batch_size, max_seq_length, free)
-    return Fit(ok=False, needed_bytes=needed, free_bytes=free, reason=f"Does not fit: {what}; {instead}.", parts=parts)
+    reason = f"Does not fit: {what}; {instead}."
+    return Fit(ok=False, needed_bytes=needed, free_bytes=free, reason=reason, instead=instead, parts=parts)
 
 
 def needs(

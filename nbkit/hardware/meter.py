@@ -30,13 +30,13 @@ class Reading:
 class Meter:
     """Reads memory: VRAM once torch uses a GPU, else this process's resident memory.
 
-    The peak of VRAM counts from `Meter()` on; that of RSS is the process's own since it began.
+    Peaks count from the start of the process; `reset=True` begins that of VRAM anew (that of RSS cannot be).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, reset: bool = False) -> None:
         self._peak = 0
         torch = _cuda_torch()
-        if torch is not None:
+        if reset and torch is not None:
             torch.cuda.reset_peak_memory_stats()
 
     def read(self) -> Reading:

@@ -68,6 +68,14 @@ def load(config: ModelConfig, *, token: str | None = None, progress: bool = True
     )
 
 
+def fetch(name: str, *, revision: str | None = None, token: str | None = None, progress: bool = True) -> str:
+    """Bring a checkpoint into the cache without loading it. Returns the line that says where it came from and lies.
+
+    Raises: ModelError.
+    """
+    return resolve(name, revision, token, progress).message
+
+
 def _require_native(facts: dict[str, Any], name: str) -> None:
     """Refuse a checkpoint whose class only its own code has, or that transformers does not know."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
