@@ -1,0 +1,157 @@
+"""The backward of one decoder layer by hand, straight down; no autograd in it. Frozen weights: dX only. LoRA: dA and dB.
+
+With W' = W + scale B A, y = x W'^T:    dx = dy W + (dy scale B) A       dA = (dy scale B)^T x       dB = scale dy^T (x A^T)
+Written with the border (weights.py):   [dy | dy scale B] [W ; A] is dx, and the border columns of dy give dA.
+
+`g` is the gradient of the residual stream. It lives in rows of D + R columns, so that it is [dy | ..] for down_proj and o_proj as it
+stands. Gradients that come from outside are copied into such rows once; from layer to layer the rows are handed on (function.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nbkit.models import attention
+from nbkit.models.layer import ops
+from nbkit.models.layer.forward import Call, Kept, attend, border, empty, gates, heads, middle, normed, queries_keys_values
+from nbkit.models.layer.parts import Parts
+from nbkit.models.layer.weights import Group
+
+aten = torch.ops.aten
+
+
+class Gradients:
+    """dA and dB of one group, summed over tiles in float32 (in the parameter's dtype where there is one tile)."""
+
+    def __init__(self, group: Group, tiles: int) -> None:
+        self.group, self.first = group, True
+        self.da: Tensor | None = None
+        self.db: list[Tensor] = []
+        if not group.terms:
+            return
+        dtype = group.terms[0].a.dtype
+        self.dtype = dtype if tiles == 1 else torch.promote_types(dtype, torch.float32)
+        device = group.terms[0].a.device
+        self.da = torch.empty(group.rank, group.inputs, dtype=self.dtype, device=device)
+        self.db = [torch.empty(t.stop - t.start, t.rank, dtype=self.dtype, device=device) for t in group.terms]
+
+    def add(self, dy: Tensor, x: Tensor, xa: Tensor) -> None:
+        """dy (n, O + R) with its border filled, x (n, I), xa (n, R) = x A^T."""
+        if self.da is None:
+            return
+        o = self.group.outputs
+        accumulate(self.da, dy[:, o : o + self.group.rank].t(), x, 1.0, self.first)
+        for out, t in zip(self.db, self.group.terms, strict=True):
+            accumulate(out, dy[:, t.start : t.stop].t(), xa[:, t.offset : t.offset + t.rank], t.scale, self.first)
+        self.first = False
+
+    def out(self) -> list[Tensor]:
+        """(dA, dB) of each term, in the order of `Parts.parameters`."""
+        found = []
+        for db, t in zip(self.db, self.group.terms, strict=True):
+            found += [self.da[t.offset : t.offset + t.rank].to(t.a.dtype), db.to(t.b.dtype)]
+        return found
+
+
+def accumulate(out: Tensor, a: Tensor, b: Tensor, alpha: float, first: bool) -> None:
+    """out = alpha a @ b (+ out unless `first`); a and b in 16 bits may sum into a float32 out without a rounding between."""
+    beta = 0.0 if first else 1.0
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
+    elif out.is_cuda and out.dtype == torch.float32:
+        aten.addmm.dtype_out(out, a, b, out.dtype, beta=beta, alpha=alpha, out=out)
+    elif first:
+        torch.mul(torch.mm(a.to(out.dtype), b.to(out.dtype)), alpha, out=out)
+    else:
+        out.addmm_(a.to(out.dtype), b.to(out.dtype), alpha=alpha)
+
+
+def fill_border(dy: Tensor, group: Group, weight: Tensor) -> Tensor:
+    """dy (n, >= O + R), its first O columns filled: fills the next R with dy (scale B). Returns the (n, O + R) part."""
+    i, o, r = group.inputs, group.outputs, group.rank
+    if r:
+        torch.mm(dy[:, :o], weight[:o, i : i + r], out=dy[:, o : o + r])
+    return dy[:, : o + r]
+
+
+def input_gradient(dy: Tensor, group: Group, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """dx (n, I) from dy (n, O + R) with its border filled."""
+    w = weight[: group.outputs + group.rank, : group.inputs]
+    return torch.mm(dy, w, out=out) if out is not None else torch.mm(dy, w)
+
+
+def run(
+    call: Call, g: Tensor, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, kept: Kept, need_dx: bool
+) -> tuple[Tensor | None, list[Tensor]]:
+    """g (N, D + R) -> (N, D + R) rows whose first D columns are dx (None unless `need_dx`), and the LoRA gradients."""
+    p, n = call.parts, call.rows
+    tiles = call.keep.tiles(n)
+    sums = {group.name: Gradients(group, len(tiles)) for group in p.groups}
+    qkv, xa_qkv, out, state = kept.qkv, kept.xa_qkv, kept.out, kept.attention
+    if qkv is None:
+        qkv, xa_qkv = queries_keys_values(call, x, cos, sin, kept.rstd1, again=True)
+    if out is None:
+        out, state = attend(call, qkv, mask)
+    g_mid = torch.empty_like(g)
+    for t in tiles:
+        _mlp_and_o(p, t, g[t], g_mid[t], x, out, kept, sums)
+    d_out = input_gradient(g_mid[:, : p.d + p.o.rank], p.o, p.o.weight())
+    dqkv = _attention(call, d_out, qkv, out, cos, sin, mask, state)
+    del d_out, qkv, out, state
+    w_qkv = p.qkv.weight()
+    fill_border(dqkv, p.qkv, w_qkv)
+    for t in tiles:
+        h = empty(x, t.stop - t.start, p.d)
+        normed(p, 0, x[t], h, kept.rstd1[t], again=True)
+        sums["qkv"].add(dqkv[t], h, xa_qkv[t])
+        if need_dx:
+            dh = input_gradient(dqkv[t], p.qkv, w_qkv, out=h)  # h has been read: its memory takes dh
+            ops.norm_backward(dh, x[t], p.norms[0].weight, kept.rstd1[t], g_mid[t, : p.d], g_mid[t, : p.d])
+    return (g_mid if need_dx else None), [d for group in p.groups for d in sums[group.name].out()]
+
+
+def _mlp_and_o(p: Parts, t: slice, g: Tensor, g_mid: Tensor, x: Tensor, out: Tensor, kept: Kept, sums: dict[str, Gradients]) -> None:
+    """One tile of rows: back through the MLP and its norm into g_mid, the gradient of x_mid; the LoRA gradients of down, gate/up, o."""
+    n = t.stop - t.start
+    if kept.mid is None:
+        mid, xa_o = empty(x, n, p.d), empty(x, n, p.o.rank)
+        middle(p, x[t], out[t], p.o.weight(), mid, xa_o)
+    else:
+        mid, xa_o = kept.mid[t], kept.xa_o[t]
+    w_gate_up = p.gate_up.weight()
+    if kept.gate_up is None:
+        gate_up = empty(x, n, 2 * p.f)
+        h = gates(p, mid, kept.rstd2[t], w_gate_up, gate_up, again=True)
+        xa = h[:, p.d :]
+    else:
+        gate_up, xa = kept.gate_up[t], kept.xa_gate_up[t]
+        h = empty(x, n, p.d)
+        normed(p, 1, mid, h, kept.rstd2[t], again=True)
+    w_down = p.down.weight()
+    dy = fill_border(g, p.down, w_down)
+    dh = input_gradient(dy, p.down, w_down)
+    dgu = border(2 * p.f, p.gate_up, n, x)
+    ops.swiglu_backward(dh, gate_up[:, : p.f], gate_up[:, p.f :], dgu[:, : p.f], dgu[:, p.f : 2 * p.f])
+    sums["down"].add(dy, dh, kept.xa_down[t])  # dh holds h by now
+    del dh, gate_up
+    fill_border(dgu, p.gate_up, w_gate_up)
+    sums["gate_up"].add(dgu, h[:, : p.d], xa)
+    d_norm = input_gradient(dgu, p.gate_up, w_gate_up)
+    ops.norm_backward(d_norm, mid, p.norms[1].weight, kept.rstd2[t], g[:, : p.d], g_mid[:, : p.d])
+    dy = fill_border(g_mid, p.o, p.o.weight())
+    sums["o"].add(dy, out[t], xa_o)
+
+
+def _attention(
+    call: Call, d_out: Tensor, qkv: Tensor, out: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, state: tuple[Tensor, ...]
+) -> Tensor:
+    """Rows [dq | dk | dv | room for the border]: attention's backward, turned back by rope."""
+    p, n = call.parts, call.rows
+    q, k, v = heads(call, qkv)
+    do = d_out.unflatten(0, (call.batch, call.tokens)).unflatten(2, (p.h, p.k)).transpose(1, 2)
+    o = out.unflatten(0, (call.batch, call.tokens)).unflatten(2, (p.h, p.k)).transpose(1, 2)
+    dqkv = border(p.qkv.outputs, p.qkv, n, qkv)
+    dq, dk, dv = attention.backward(call.how, do, q, k, v, o, mask, state, tuple(call.numbers))
+    ops.rotate_pack(dq, dk, dv, cos, sin, dqkv)
+    return dqkv

@@ -1,0 +1,82 @@
+"""The decoder layer as one node of autograd: it saves what the level says and runs the hand-written backward."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nbkit.models.layer import backward, forward
+from nbkit.models.layer.forward import Call, Kept
+
+_SINGLE = tuple(f.name for f in fields(Kept) if f.name != "attention")
+
+
+class GradientRows:
+    """Hands the residual stream's gradient from one layer's backward to the next in rows with room for LoRA's columns.
+
+    The gradient that autograd passes on is a view of such rows. It is recognised by its storage, which is held here, so the
+    address cannot have been given to anything else. What autograd and its hooks see, the first D columns, is never written again.
+    """
+
+    def __init__(self) -> None:
+        self.handed: Tensor | None = None
+
+    def receive(self, dy: Tensor, rows: int, width: int) -> Tensor:
+        """dy (B, T, D) as the first D columns of (rows, width) rows."""
+        held, self.handed = self.handed, None
+        if (
+            held is not None
+            and held.untyped_storage().data_ptr() == dy.untyped_storage().data_ptr()
+            and held.data_ptr() == dy.data_ptr()
+            and dy.stride() == (dy.shape[1] * held.shape[1], held.shape[1], 1)
+            and held.shape[0] == rows
+            and held.shape[1] >= width
+        ):
+            return held
+        g = torch.empty(rows, width, dtype=dy.dtype, device=dy.device)
+        g[:, : dy.shape[-1]] = dy.reshape(rows, -1)
+        return g
+
+    def hand(self, g: Tensor, batch: int, width: int) -> Tensor:
+        """The first `width` columns of g as (B, T, D), for autograd to pass on."""
+        self.handed = g
+        return g[:, :width].unflatten(0, (batch, -1))
+
+
+class LayerFunction(torch.autograd.Function):
+    """y = layer(x). `params` are the LoRA parameters in the order of `Parts.parameters`; `call` holds everything else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, call: Call, rows: GradientRows, *params: Tensor
+    ) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):  # dtypes are the weights' own; autocast would mix them
+            y, kept = forward.run(call, x.reshape(call.rows, -1), cos, sin, mask)
+        ctx.call, ctx.gradient_rows = call, rows
+        ctx.terms = [group.terms for group in call.parts.groups]
+        ctx.save_for_backward(x, cos, sin, mask, *params, *kept.attention, *(getattr(kept, name) for name in _SINGLE))
+        ctx.counts = (len(params), len(kept.attention))
+        return y.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        call: Call = ctx.call
+        saved, (n, m) = ctx.saved_tensors, ctx.counts
+        x, cos, sin, mask = saved[:4]
+        kept = Kept(attention=saved[4 + n : 4 + n + m], **dict(zip(_SINGLE, saved[4 + n + m :], strict=True)))
+        p = call.parts
+        for group, terms in zip(p.groups, ctx.terms, strict=True):
+            group.use(terms)
+        need_dx = ctx.needs_input_grad[0]
+        width = p.d + max(p.o.rank, p.down.rank)
+        with torch.autocast(x.device.type, enabled=False):
+            g = ctx.gradient_rows.receive(dy, call.rows, width)
+            g, grads = backward.run(call, g, x.reshape(call.rows, -1), cos, sin, mask, kept, need_dx)
+            dx = ctx.gradient_rows.hand(g, call.batch, p.d) if g is not None else None
+        wanted = ctx.needs_input_grad[6:]
+        return (dx, None, None, None, None, None, *(d if w else None for d, w in zip(grads, wanted, strict=True)))

@@ -1,0 +1,84 @@
+"""One decoder layer seen through its family's facts: dims, norms, weight groups. Straight-line steps read only this."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbkit.families import Family
+from nbkit.models.layer.adapters import Unfit
+from nbkit.models.layer.weights import Group, Scratch
+
+
+class Parts:
+    """The parts of one decoder layer. Raises: Unfit where the layer is not of the declared form."""
+
+    def __init__(self, layer: nn.Module, index: int, family: Family, config: Any, scratch: Scratch) -> None:
+        require_declared(family)
+        self.layer, self.index = layer, index
+        attention, mlp = layer.get_submodule(family.attention.module), layer.get_submodule(family.mlp.module)
+        facts = family.attention
+        self.qkv = Group("qkv", attention, (facts.q, facts.k, facts.v), scratch)
+        self.o = Group("o", attention, (facts.o,), scratch)
+        self.gate_up = Group("gate_up", mlp, (family.mlp.gate, family.mlp.up), scratch)
+        self.down = Group("down", mlp, (family.mlp.down,), scratch)
+        self.groups = (self.qkv, self.o, self.gate_up, self.down)
+        self.norms = (layer.get_submodule(family.norm.attention), layer.get_submodule(family.norm.mlp))
+        self.eps = float(getattr(self.norms[0], family.norm.eps))
+        self.k = int(getattr(attention, "head_dim", 0) or config.hidden_size // config.num_attention_heads)
+        self.h, self.g = config.num_attention_heads, config.num_key_value_heads
+        self.d, self.f = self.qkv.inputs, self.down.inputs
+        self.scale = float(getattr(attention, "scaling", self.k**-0.5))
+        self.window = window_of(family, config, index)
+        if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
+            raise Unfit(f"the activation is {config.hidden_act}, not {family.mlp.activation}")
+        if self.qkv.sizes != (self.h * self.k, self.g * self.k, self.g * self.k):
+            raise Unfit("q, k and v have other sizes than the config says")
+        if float(getattr(attention, "attention_dropout", 0.0) or 0.0) > 0:
+            raise Unfit(f"attention_dropout is {attention.attention_dropout}")
+        if len({g.dtype for g in self.groups}) != 1:
+            raise Unfit("the linears compute in different dtypes")
+        self.dtype: torch.dtype = self.qkv.dtype
+
+    def refresh(self) -> bool:
+        """Read the adapters again; True if any changed. Raises: Unfit."""
+        if any(norm.weight.requires_grad for norm in self.norms):
+            raise Unfit("a norm's weight is trained")
+        return any([group.refresh() for group in self.groups])  # a list: all of them must be read
+
+    def parameters(self) -> list[Tensor]:
+        """The LoRA parameters, A and B of each term in group order: the order in which the backward gives their gradients."""
+        return [p for group in self.groups for t in group.terms for p in (t.a, t.b)]
+
+
+def window_of(family: Family, config: Any, index: int) -> int | None:
+    """The sliding window of layer `index` in tokens, or None."""
+    width = getattr(config, "sliding_window", None)
+    if family.attention.window == "none" or not width:
+        return None
+    if family.attention.window == "all":
+        return int(width)
+    kinds = getattr(config, "layer_types", None)
+    return int(width) if kinds and kinds[index] == "sliding_attention" else None
+
+
+def require_declared(family: Family) -> None:
+    """Raises: Unfit for a fact that the fused layer has no step for yet."""
+    a, m, n = family.attention, family.mlp, family.norm
+    reasons = {
+        "fused q/k/v": a.fused_qkv,
+        "q/k norm": a.qk_norm,
+        "a softcap on the scores": a.softcap_key is not None,
+        "attention sinks": a.sinks,
+        "a fused gate/up projection": m.fused,
+        "experts": m.experts_key is not None,
+        f"the activation {m.activation}": m.activation != "silu",
+        f"norms placed '{n.where}'": n.where != "pre",
+        "a norm with weight offset or float32 weight": n.offset != 0.0 or n.cast != "before_weight",
+        f"rope of kind {family.rope.kind}": family.rope.kind != "split_half" or family.rope.partial != 1.0,
+    }
+    found = [what for what, there in reasons.items() if there]
+    if found:
+        raise Unfit(f"family {family.name} has {', '.join(found)}")

@@ -1,0 +1,181 @@
+"""Linears that read the same input share one weight buffer, with their LoRA matrices in its border.
+
+    buffer (O + P, I + P) =  [ W_OI   scale * B_OR   . ]        x_NI -> [x | x A^T] -> y = [x | x A^T] [W | scale B]^T
+                             [ A_RI        .         . ]        dy   -> [dy | dy (scale B)] -> dx = [dy | ..] [W ; A]
+
+So base and LoRA are one GEMM over K = I + R with float32 accumulation, with no second pass over the output. With several
+linears (q, k, v) the rows of W are stacked and B is block-diagonal. 16-bit and float32 weights live in the buffer (the
+modules' Parameters become views of it: nothing is held twice); NF4 weights stay packed where bitsandbytes has them and are
+dequantised into one scratch of that form, shared by all layers, once for each use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from nbkit.kernels.lora_border import write_borders
+from nbkit.kernels.nf4 import Nf4, dequantize_nf4
+from nbkit.models.layer.adapters import Term, Unfit, base_of, same, snapshot, terms
+
+RANK_STEP = 16  # ranks are padded with zeros to a multiple of it: tensor cores read K in such steps
+STRIDE_STEP = 64  # the border's width: rows stay 128-byte aligned in 16 bits
+
+
+def round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+@dataclass
+class Scratch:
+    """Buffers that all layers of a model share, by group name: what an NF4 weight is dequantised into."""
+
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    owner: dict[str, object] = field(default_factory=dict)  # which group's weight a buffer holds now
+
+    def take(self, name: str, rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A (rows, columns) view. Its contents are the last writer's; `owner` says whose."""
+        held = self.buffers.get(name)
+        if held is None or held.numel() < rows * columns or held.dtype != dtype or held.device != like.device:
+            self.buffers[name] = held = torch.empty(rows * columns, dtype=dtype, device=like.device)
+            self.owner.pop(name, None)
+        return held[: rows * columns].view(rows, columns)
+
+
+class Group:
+    """The linears `names` of `parent`, which read the same input. `name` is "qkv", "o", "gate_up" or "down"."""
+
+    def __init__(self, name: str, parent: nn.Module, names: Sequence[str], scratch: Scratch) -> None:
+        self.name, self.parent, self.names, self.scratch = name, parent, tuple(names), scratch
+        bases = [base_of(parent.get_submodule(n)) for n in names]
+        self.sizes = tuple(b.out_features for b in bases)
+        self.inputs, self.outputs = bases[0].in_features, sum(self.sizes)
+        self.device = bases[0].weight.device
+        if any(b.in_features != self.inputs or b.weight.device != self.device for b in bases):
+            raise Unfit(f"{', '.join(names)} differ in input size or device")
+        self.packed = [Nf4.of(b.weight) for b in bases]
+        if any(self.packed) and not all(self.packed):
+            raise Unfit(f"{', '.join(names)} are stored in different formats")
+        self.nf4 = all(self.packed)
+        self.dtype = self._dtype(bases)
+        self.bias = self._bias(bases)
+        self.buffer: Tensor | None = None  # None: in 16 bits before the first use, and for NF4 always
+        self.terms: list[Term] = []
+        self.rank = 0  # border columns in use, padded to RANK_STEP
+        self._seen: list[tuple] = [None] * len(names)  # type: ignore[list-item]
+
+    def _dtype(self, bases: Sequence[nn.Module]) -> torch.dtype:
+        if self.nf4:
+            found = {b.compute_dtype for b in bases}
+        else:
+            if any(type(b) is not nn.Linear for b in bases):
+                raise Unfit(f"{', '.join(self.names)} are {type(bases[0]).__name__}, not plain or NF4 linears")
+            found = {b.weight.dtype for b in bases}
+        if len(found) != 1 or not next(iter(found)).is_floating_point:
+            raise Unfit(f"{', '.join(self.names)} compute in different dtypes")
+        return next(iter(found))
+
+    def _bias(self, bases: Sequence[nn.Module]) -> Tensor | None:
+        if all(b.bias is None for b in bases):
+            return None
+        parts = [b.bias if b.bias is not None else b.weight.new_zeros(b.out_features) for b in bases]
+        return torch.cat([p.detach().to(self.dtype) for p in parts])
+
+    # -- what the layer reads ------------------------------------------------------------------------------------------
+
+    def refresh(self) -> bool:
+        """Read the adapters' state; True if anything changed since the last call. Raises: Unfit."""
+        modules = self.parent._modules
+        seen = [snapshot(modules[n]) for n in self.names]
+        if all(same(now, before) for now, before in zip(seen, self._seen, strict=True)) and (self.nf4 or self.in_place()):
+            return False
+        found: list[Term] = []
+        start = offset = 0
+        for name, size in zip(self.names, self.sizes, strict=True):
+            module = modules[name]
+            if any(p.requires_grad for p in base_of(module).parameters()):
+                raise Unfit(f"the base weight of {name} is trained")
+            of_linear = terms(module, start, start + size, offset, name)
+            found += of_linear
+            start, offset = start + size, offset + sum(t.rank for t in of_linear)
+        self.terms, self.rank, self._seen = found, round_up(offset, RANK_STEP), seen
+        if not self.nf4:
+            self._adopt()
+        return True
+
+    def use(self, used: list[Term]) -> None:
+        """Put back the terms that a forward used, where another adapter was switched to between it and its backward."""
+        if used is self.terms:
+            return
+        self.terms = used
+        self.rank = round_up(max((t.offset + t.rank for t in used), default=0), RANK_STEP)
+        self._seen = [None] * len(self.names)  # type: ignore[list-item]
+        self.scratch.owner.pop(self.name, None)
+        if not self.nf4:
+            self._adopt()
+
+    def in_place(self) -> bool:
+        """Whether the modules' weights still are views of the buffer (`model.to()` would have given them new storage)."""
+        if self.buffer is None:
+            return False
+        first = base_of(self.parent._modules[self.names[0]]).weight
+        return first.data_ptr() == self.buffer.data_ptr()
+
+    def weight(self) -> Tensor:
+        """(O + R, I + R): the buffer with the weight and border of this group in it, dequantised now if need be."""
+        if not self.nf4:
+            assert self.buffer is not None
+            return self.buffer
+        width = self.inputs + round_up(self.rank, STRIDE_STEP)
+        out = self.scratch.take(self.name, self.outputs + self.rank, width, self.packed[0].data, self.dtype)
+        if self.scratch.owner.get(self.name) is not self:
+            start = 0
+            for packed, size in zip(self.packed, self.sizes, strict=True):
+                mine = [t for t in self.terms if t.start == start]
+                dequantize_nf4(packed, out, start, self.outputs, self.rank, mine)
+                start += size
+            self.scratch.owner[self.name] = self
+        return out
+
+    def borders(self) -> list[tuple[Tensor, Tensor, float]]:
+        """(source, destination, factor) of every copy that brings the buffer's border up to date; none for NF4."""
+        if self.nf4 or self.buffer is None:
+            return []
+        i, o, w = self.inputs, self.outputs, self.buffer
+        copies = []
+        for t in self.terms:
+            columns = slice(t.offset, t.offset + t.rank)
+            copies.append((t.a, w[o:][columns, :i], 1.0))
+            copies.append((t.b, w[t.start : t.stop, i:][:, columns], t.scale))
+        return copies
+
+    # -- ownership of 16-bit weights -----------------------------------------------------------------------------------
+
+    def _adopt(self) -> None:
+        """Move the weights into one bordered buffer, or only clear its border where they are there with room enough."""
+        i, o, room = self.inputs, self.outputs, round_up(self.rank, STRIDE_STEP)
+        if self.buffer is None or not self.in_place() or self.buffer.shape[1] < i + self.rank:
+            bases = [base_of(self.parent._modules[n]) for n in self.names]
+            self.device = bases[0].weight.device
+            buffer = torch.empty(o + room, i + room, dtype=self.dtype, device=self.device)
+            start = 0
+            for base in bases:
+                rows = buffer[start : start + base.out_features, :i]
+                rows.copy_(base.weight.detach())
+                base.weight.data = rows
+                start += base.out_features
+            self.buffer = buffer
+        self.buffer[:o, i:].zero_()
+        self.buffer[o:].zero_()
+        write_borders(self.borders())
+
+    def release(self) -> None:
+        """Give each module its own contiguous weight back."""
+        if self.buffer is not None and self.in_place():
+            for name in self.names:
+                base = base_of(self.parent._modules[name])
+                base.weight.data = base.weight.detach().contiguous().clone()
+        self.buffer, self._seen = None, [None] * len(self.names)  # type: ignore[list-item]
