@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 from tests.lanes import ROOT, borrow, empty_venv, kernel, pip, run, short_quickstart, site_packages
 
 COLAB = ROOT / "constraints" / "colab-2026.08.txt"
-# What of Colab's set stands in for the pinned set: the libraries that nbkit meets, and what they need that the pinned set has not.
+# What of Colab's set stands in for the pinned set: the libraries nbkit meets, and what they need that the pinned set has not.
 COLAB_LANE = (
     *("accelerate", "datasets", "dill", "fsspec", "huggingface_hub", "multiprocess", "numpy", "pandas", "peft", "pyarrow"),
     *("ipykernel", "ipython", "ipywidgets", "jupyter_client", "tokenizers", "tornado", "traitlets", "transformers"),
