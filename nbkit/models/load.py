@@ -56,7 +56,7 @@ def load(config: ModelConfig, *, token: str | None = None, progress: bool = True
     with _bars(progress), quiet_libraries():
         tokenizer = _tokenizer(found.folder, config.name)
         model = _model(found.folder, config.name, device, dtype, quantization)
-    _set_compute_dtype(model, dtype)
+    _settle_4bit(model, dtype)
     _set_pad(tokenizer, model)
     model.eval()
     held = "4-bit NF4" if getattr(model, "is_loaded_in_4bit", False) else str(dtype).removeprefix("torch.")
@@ -183,12 +183,17 @@ def _tokenizer(folder: Path, name: str) -> Any:
         raise ModelError(f"The tokenizer of {name} cannot be loaded from {folder}: {reason}") from error
 
 
-def _set_compute_dtype(model: Any, dtype: Any) -> None:
-    """4-bit layers compute in the dtype that suits this machine, also where a stored checkpoint names another."""
+def _settle_4bit(model: Any, dtype: Any) -> None:
+    """4-bit layers compute in the dtype that suits this machine, also where a stored checkpoint names another.
+
+    On CPUs with avx512_bf16, bitsandbytes would also repack each weight in place in its first evaluation (rounding the
+    scales to bfloat16, failing on rows shorter than a block), and training would go on with that: it is switched off.
+    """
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.compute_dtype = dtype
             module.compute_type_is_set = True
+            module.support_avx512bf16_for_cpu = False
 
 
 def _set_pad(tokenizer: Any, model: Any) -> None:
