@@ -210,7 +210,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path: Any
 
     base.forward = spoiled
     run = Run(rig.config(tmp_path / "run"), model, tiny_tokenizer(), rig.rows())
-    with pytest.raises(TrainingError, match=r"Step 3: the loss is nan; the weights are as after step 2.*learning rate below 0.01"):
+    with pytest.raises(TrainingError, match=r"Step 3: the loss is nan; the weights are as after step 2.*rate below 0.01"):
         run.wait(progress=False)
     assert all(torch.equal(p, calls[2][name]) for name, p in rig.adapter(model).items())
     assert not (run.dir / "adapter").exists() and [e.step for e in run.events if isinstance(e, StepEvent)] == [1, 2]
