@@ -206,10 +206,10 @@ def fact(name: str, value: object) -> Markup:
 
 
 def size(count: float) -> str:
-    """Bytes for people: 1.4 GB, 83 MB, 512 bytes (powers of 1000)."""
-    for unit, power in (("TB", 12), ("GB", 9), ("MB", 6), ("kB", 3)):
-        if count >= 10**power:
-            value = count / 10**power
+    """Bytes for people: 1.4 GiB, 83.0 MiB, 512 bytes."""
+    for unit, power in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if count >= 2**power:
+            value = count / 2**power
             return f"{value:.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
     return f"{count:.0f} bytes"
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nbkit.engine import Session
 
 CODE_LIMIT = 20_000  # characters of code that are shown; `print(panel.code())` has no limit
+TOPICS = ("model", "lora", "data", "run")
 LEVELS = {"info": "Note", "done": "Done", "busy": "Working", "warning": "Warning", "error": "Error"}
 
 
@@ -155,6 +156,7 @@ class Panel(Shown):
         """Show one sentence; levels are info, done, busy, warning and error."""
         self._said = (text, level)
         _html.show(self._message, self._message_html())
+        self._folded()
 
     @contextmanager
     def busy(self, text: str) -> Iterator[None]:
@@ -211,8 +213,19 @@ class Panel(Shown):
         """Lay out the panel and follow the session; the last thing a subclass's `__init__` does."""
         self._body.children = rows
         if self.session is not None:
+            for topic in TOPICS:  # what the session has already
+                self._session_changed(topic)
             self.session.subscribe(self._told)
         self._refresh()
+
+    def _take(self, values: Mapping[str, Any]) -> None:
+        """Show values that the session uses already: nothing is to be done about them."""
+        self._quiet = True
+        try:
+            for name, value in values.items():
+                self._fields[name].write(value)
+        finally:
+            self._quiet = False
 
     def _calls(self) -> list[str]:
         """The lines of `code`."""
@@ -301,6 +314,7 @@ class Panel(Shown):
         if self._show_code.value:
             _html.show(self._code, self._code_html())
         self._code.layout.display = "" if self._show_code.value else "none"
+        self._show_code.description = "Hide code" if self._show_code.value else "Show code"
 
     def _code_html(self) -> _html.Markup:
         try:
@@ -335,8 +349,11 @@ class Panel(Shown):
             button.disabled = name in self._off
 
     def _folded(self) -> None:
-        self._body.layout.display = "" if self._fold.value else "none"
-        self._fold.description = "Close" if self._fold.value else "Open"
+        """A closed step shows its heading, and what is going on or wrong."""
+        opened = self._fold.value
+        self._body.layout.display = "" if opened else "none"
+        self._message.layout.display = "" if opened or self._said[1] in ("busy", "warning", "error") else "none"
+        self._fold.description = "Close" if opened else "Open"
 
     def _known(self, name: str, names: Mapping[str, Any], what: str) -> None:
         if name not in names:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from nbkit.widgets._html import Markup, join, tag
@@ -118,14 +118,14 @@ def _line(line: Line, frame: Frame) -> Iterator[Markup]:
             yield tag("path", {"class": f"nbk-dot nbk-{line.look}", "d": shape, "fill": line.colour})
 
 
-def _axes(frame: Frame, written: Callable[[float], str], x_label: str) -> Iterator[Markup]:
+def _axes(frame: Frame, x_label: str) -> Iterator[Markup]:
     grey = {"class": "nbk-axis", "stroke": "#888888", "stroke-width": 1}
     label = {"class": "nbk-tick", "font-size": 11, "fill": "#888888"}
     bottom = HEIGHT - BOTTOM
     for value in ticks(frame.low, frame.high):
         y = f"{frame.y(value):.1f}"
         yield tag("line", grey | {"x1": LEFT, "x2": WIDTH - RIGHT, "y1": y, "y2": y, "opacity": 0.25})
-        yield tag("text", label | {"x": LEFT - 6, "y": f"{frame.y(value) + 4:.1f}", "text-anchor": "end"}, written(value))
+        yield tag("text", label | {"x": LEFT - 6, "y": f"{frame.y(value) + 4:.1f}", "text-anchor": "end"}, f"{value:g}")
     yield tag("line", grey | {"x1": LEFT, "x2": WIDTH - RIGHT, "y1": bottom, "y2": bottom})
     for step in ticks(0, frame.x_max, 6):
         if step == int(step):
@@ -147,12 +147,11 @@ def chart(
     title: str,
     description: str,
     lines: Sequence[Line],
-    written: Callable[[float], str],
     x_max: float = 0,
     x_label: str = "step",
     from_zero: bool = False,
 ) -> Markup:
-    """A chart of any number of lines, also of none. `written` writes a tick of the y axis; `description` says it in words."""
+    """A chart of any number of lines, also of none. `description` says it in words."""
     last = max((step for line in lines for step, _ in line.points), default=0)
     frame = Frame(max(x_max, last, 1), *_range(lines, from_zero))
     attributes = {
@@ -168,7 +167,7 @@ def chart(
         attributes,
         tag("title", None, title),
         tag("desc", None, description),
-        join(_axes(frame, written, x_label)),
+        join(_axes(frame, x_label)),
         join(drawn),
         join(_crosses(lines, frame)),
     )

@@ -52,8 +52,8 @@ class DatasetMapper(Panel):
         self._found = _html.html()
         self._view = _html.html()
         self._stepper = _row([row, previous, following])
-        self._compose(_row([source, form, held_out, too_long, system, read]), columns, self._found, self._stepper, self._view)
         self._show()
+        self._compose(_row([source, form, held_out, too_long, system, read]), columns, self._found, self._stepper, self._view)
 
     def _columns(self) -> Field:
         row = _row(list(self._roles.values()))
@@ -97,26 +97,20 @@ class DatasetMapper(Panel):
             self._show_roles()
 
     def _session_changed(self, topic: str) -> None:
-        if topic == "model" and self.session.data is None:
-            self._show()
         if topic == "data" and self.session.data is not None:
             self._take_over(self.session.data)
+        if topic in ("model", "data"):
             self._show()
 
     def _take_over(self, report: Any) -> None:
         """Show what the session really uses, also when code gave it."""
-        names = list(dict.fromkeys(name for i in range(min(self._rows(), 20)) for name in report.preview(i).raw))
-        self._quiet = True
-        try:
-            for box in self._roles.values():
-                box.options = [str(name) for name in names]
-            for name in ("format", "columns", "system", "too_long"):
-                self._fields[name].write(getattr(report.recipe, name))
-            if isinstance(report.source, str):
-                self._fields["source"].write(report.source)
-            self._fields["row"].write(1)
-        finally:
-            self._quiet = False
+        raws = [report.preview(index).raw for index in range(min(self._rows(), 20))]
+        names = list(dict.fromkeys(name for raw in raws if isinstance(raw, dict) for name in raw))
+        for box in self._roles.values():
+            box.options = [str(name) for name in names]
+        config = self.session.data_config
+        settings = {name: getattr(report.recipe, name) for name in ("format", "columns", "system", "too_long")}
+        self._take(settings | {"source": config.source, "held_out": config.held_out, "row": 1})
 
     # -- how it looks ------------------------------------------------------------------------------
 
@@ -141,7 +135,8 @@ class DatasetMapper(Panel):
     def _row_html(self) -> _html.Markup:
         preview = self.session.data.preview(self._fields["row"].read() - 1)
         raw = json.dumps(preview.raw, ensure_ascii=False, indent=2, default=str)
-        left = _column("The row", _html.block(raw, label="The row as it came"))
+        number = self.session.data.row_numbers[self._fields["row"].read() - 1]
+        left = _column(f"Row {number} of the source", _html.block(raw, label="The row as it came"))
         right = _column("What the model reads", _pieces_html(preview.pieces))
         return _html.join((_html.tag("div", {"class": "nbk-columns"}, left, right), _legend()))
 
@@ -191,7 +186,7 @@ def _found_html(report: Any) -> _html.Markup:
     """Format, counts and findings."""
     share = report.trained_tokens / report.total_tokens if report.total_tokens else 0
     facts = [
-        ("Format", report.format),
+        ("Format", report.recipe.format),
         ("Rows read", f"{report.rows_in:,}"),
         ("Rows used", f"{report.used:,}"),
         ("Left out", f"{report.dropped + report.refused:,}"),
@@ -204,7 +199,7 @@ def _found_html(report: Any) -> _html.Markup:
     return _html.join(
         (
             _html.tag("div", {"class": "nbk-facts"}, *(_html.fact(name, value) for name, value in facts)),
-            _html.paragraph("nbk-hint", _html.text(report.reason, 500)) if report.reason else "",
+            _html.paragraph("nbk-hint", _html.text(f"{report.source} is read as {report.reason}", 600)),
             _html.tag("ul", {"class": "nbk-findings"}, *items) if items else "",
         )
     )

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from nbkit.engine import Session
 
 INTERVAL = 0.2  # seconds between two drawings, so at most 5 a second
+ENDED = ("finished", "stopped", "failed")
+GIB = 2**30
 BLUE, ORANGE, GREEN = "#1976d2", "#e65100", "#2e7d32"
 
 
@@ -45,8 +47,6 @@ class LivePlot(Panel):
         smoothing.add_class("nbk-narrow")
         self.box = widgets.VBox([self._picture, smoothing])  # for panels that show the plot among other things
         self._compose(self.box)
-        if session is not None and session.run is not None:
-            self.follow(session.run)
         self.draw()
 
     @classmethod
@@ -79,6 +79,8 @@ class LivePlot(Panel):
         wait = self._drawn_at + INTERVAL - time.monotonic()
         if turned or wait <= 0:
             self.draw()
+            if self.progress.state in ENDED:
+                self.update_saved()
         elif self._later is None:
             try:
                 self._later = asyncio.get_running_loop().call_later(wait, self.draw)
@@ -92,6 +94,7 @@ class LivePlot(Panel):
             self._later = None
         self._drawn_at = time.monotonic()
         _html.show(self._picture, self.drawing())
+        self._fields["smoothing"].widget.layout.display = "none" if self.progress.state == "waiting" else ""
         self._refresh()
 
     # -- how it looks ------------------------------------------------------------------------------
@@ -105,19 +108,23 @@ class LivePlot(Panel):
         ]
         if progress.held_out:
             loss.append(Line("held-out rows", progress.held_out, "held", ORANGE, width=1.0, dashes="4 4", marks=True))
-        memory = [Line(f"{progress.memory_name} in use", progress.memory, "memory", GREEN)]
-        if progress.memory:
-            peak = [(0, progress.peak_bytes), (max(progress.total_steps, progress.step), progress.peak_bytes)]
+        used = [(step, count / GIB) for step, count in progress.memory]
+        memory = [Line(f"{progress.memory_name} in use", used, "memory", GREEN)]
+        if used:
+            last = max(progress.total_steps, progress.step)
+            peak = [(0, progress.peak_bytes / GIB), (last, progress.peak_bytes / GIB)]
             memory.append(Line("peak", peak, "peak", GREEN, width=1.0, dashes="2 4"))
         return loss, memory
 
     def drawing(self) -> _html.Markup:
         progress = self.progress
+        if progress.state == "waiting":
+            return _html.paragraph("nbk-hint", "No run yet; loss and memory are drawn here while one trains.")
         loss, memory = self._lines()
         said = ", ".join(f"{name} {value}" for name, value in progress.facts()) or "nothing measured yet"
         figures = [
-            self._figure("Loss", loss, said, lambda value: f"{value:g}", False),
-            self._figure(f"{progress.memory_name}, GB", memory, said, lambda value: f"{value / 1e9:.3g}", True),
+            self._figure("Loss", loss, said, False),
+            self._figure(f"{progress.memory_name}, GiB", memory, said, True),
         ]
         facts = (_html.fact(name, value) for name, value in progress.facts())
         return _html.tag(
@@ -129,9 +136,9 @@ class LivePlot(Panel):
             *(_html.paragraph("nbk-hint", f"Warning: {warning}") for warning in self._warnings()),
         )
 
-    def _figure(self, title: str, lines: list[Line], said: str, written: Any, from_zero: bool) -> _html.Markup:
-        drawn = chart(title, said, lines, written, x_max=self.progress.total_steps, from_zero=from_zero)
-        return _html.tag("div", {"class": "nbk-figure"}, _html.tag("b", None, title), key(lines), drawn)
+    def _figure(self, title: str, lines: list[Line], said: str, from_zero: bool) -> _html.Markup:
+        drawn = chart(title, said, lines, x_max=self.progress.total_steps, from_zero=from_zero)
+        return _html.tag("div", {"class": "nbk-figure"}, _html.tag("b", None, title), drawn, key(lines))
 
     def _bar(self) -> _html.Markup:
         progress = self.progress

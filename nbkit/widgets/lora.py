@@ -39,8 +39,8 @@ class LoraPanel(Panel):
         add = self._button("add", "Add LoRA", self._add, "Put a fresh adapter on the loaded model", primary=True)
         row = widgets.HBox([rank, alpha, dropout, rslora, add])
         row.add_class("nbk-row")
-        self._compose(row, targets, self._figures)
         self._show_cost()
+        self._compose(row, targets, self._figures)
 
     def _targets(self) -> Field:
         """The usual modules as boxes to tick, any others as text."""
@@ -79,8 +79,8 @@ class LoraPanel(Panel):
         return LoraConfig(**self.values())
 
     def _changed(self, name: str) -> None:
-        self._config()
         self._show_cost()
+        self._config()
 
     def _show_cost(self) -> None:
         _html.show(self._figures, self._cost_html())
@@ -91,6 +91,8 @@ class LoraPanel(Panel):
             return _html.paragraph("nbk-hint", "Pick or load a model to see what the adapter costs.")
         try:
             trainable, total, size = self.cost()
+        except ConfigError:
+            return _html.paragraph("nbk-hint", "What the adapter costs is seen when its settings are right.")
         except NbkitError as error:
             return _html.paragraph("nbk-hint", f"What the adapter costs is seen when the model is loaded: {error}")
         share = f"{100 * trainable / total:.2f} % of {_html.amount(total)}"
@@ -107,12 +109,7 @@ class LoraPanel(Panel):
     def _session_changed(self, topic: str) -> None:
         lora = self.session.lora
         if topic == "lora" and lora is not None:
-            self._quiet = True
-            try:
-                for name in self._fields:
-                    self._fields[name].write(getattr(lora, name))
-            finally:
-                self._quiet = False
+            self._take({name: getattr(lora, name) for name in self._fields})
         if topic in ("model", "lora"):
             self._show_cost()
 

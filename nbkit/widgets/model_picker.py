@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import ipywidgets as widgets
@@ -39,16 +38,16 @@ class ModelPicker(Panel):
         row = widgets.HBox([name, length, dtype, four_bit, load])
         row.add_class("nbk-row")
         self._list.observe(self._picked, "value")
-        self._compose(self._list, self._reason, row)
-        self._launch(self._look)
-
-    async def _look(self) -> None:
-        """Ask what fits. The first answer may take seconds, as the device is asked too, so another thread waits for it."""
-        _html.show(self._reason, _html.paragraph("nbk-hint", "Looking at this machine …"))
-        self.entries = list(await asyncio.to_thread(self.session.catalog, self._fields["load_in_4bit"].read()))
-        self.entries.sort(key=lambda entry: (not entry.fits, entry.parameters))
-        self._list.options = [(line(entry), entry.name) for entry in self.entries]
+        self._look()
         self._show_choice()
+        self._compose(self._list, self._reason, row)
+
+    def _look(self) -> None:
+        """Ask what fits. The device is asked without torch, in milliseconds."""
+        found = self.session.catalog(self._fields["load_in_4bit"].read())
+        self.entries = sorted(found, key=lambda entry: (not entry.fits, entry.parameters))
+        self._list.rows = min(max(len(self.entries), 2), LINES)
+        self._list.options = [(line(entry), entry.name) for entry in self.entries]
 
     def _picked(self, change: Any) -> None:
         if change["new"] is not None and not self._quiet:
@@ -56,7 +55,7 @@ class ModelPicker(Panel):
 
     def _changed(self, name: str) -> None:
         if name == "load_in_4bit":
-            self._launch(self._look)
+            self._look()
         self._show_choice()
 
     def _show_choice(self) -> None:
@@ -86,10 +85,10 @@ class ModelPicker(Panel):
             self.message(loaded.message, "done")
 
     def _session_changed(self, topic: str) -> None:
-        if topic == "model" and self.session.loaded is not None:
-            known = self._fields["name"]
-            if known.read() != self.session.loaded.name:
-                self.set(name=self.session.loaded.name)
+        config = self.session.model_config
+        if topic == "model" and config is not None:
+            self._take({name: getattr(config, name) for name in self._fields})
+            self._show_choice()
 
     def _summary(self) -> str:
         loaded = self.session.loaded
@@ -117,4 +116,5 @@ def line(entry: Any) -> str:
     """One line of the list, in columns (the list is set in a font of even width)."""
     name = _html.plain(entry.name, NAME_WIDTH)
     count, need = _html.amount(entry.parameters), _html.size(entry.needed_bytes)
-    return f"{_mark(entry):<7} {name:<{NAME_WIDTH}} {count:>7}  needs {need:>8}"
+    why = "" if entry.fits else f"  {_html.plain(entry.reason, 70)}"
+    return f"{_mark(entry):<7} {name:<{NAME_WIDTH}} {count:>7}  needs {need:>9}{why}"

@@ -15,6 +15,7 @@ from nbkit.widgets.live_plot import LivePlot
 if TYPE_CHECKING:
     from nbkit.engine import Session
 
+CHECKPOINTING = (("on", True), ("off", False), ("nbkit", "nbkit"), ("unsloth", "unsloth"))  # of activations
 GOING = ("running", "stopping")
 
 
@@ -39,13 +40,9 @@ class TrainPanel(Panel):
         self._more.layout.width = "auto"
         self._more.observe(lambda _: self._show_more(), "value")
         self._rare = _row(rare)
-        buttons = _row([start, stop, self._more])
-        buttons.add_class("nbk-actions")
-        self.live = widgets.VBox([buttons, self.plot.box])  # what `studio.train()` shows in the cell that trains
-        self._compose(_row(usual), self._rare, self.live)
+        self.live = widgets.VBox([_row([start, stop]), self.plot.box])  # what `studio.train()` shows in the cell that trains
+        self._compose(_row([*usual, self._more]), self._rare, self.live)
         self._show_more()
-        if session.run is not None:
-            self._follow(session.run)
         self._show_state()
 
     def _settings(self, default: TrainConfig) -> tuple[list[Any], list[Any]]:
@@ -65,7 +62,7 @@ class TrainPanel(Panel):
             "optimizer": _fields.text("Optimizer", default.optimizer),
             "save_steps": _fields.whole("Save every … steps", default.save_steps),
             "seed": _fields.whole("Seed", default.seed),
-            "gradient_checkpointing": _fields.check("Gradient checkpointing", bool(default.gradient_checkpointing)),
+            "gradient_checkpointing": _fields.choice("Checkpointing", CHECKPOINTING, default.gradient_checkpointing),
         }
         return (
             [self._field(name, field) for name, field in usual.items()],
@@ -98,12 +95,13 @@ class TrainPanel(Panel):
             self._failed(error)
         finally:
             self._show_state()
-        self.update_saved()
 
     def _follow(self, run: Any) -> None:
         if run is self._run:
             return
         self._run = run
+        settings = {name: getattr(run.config.train, name) for name in self._fields}
+        self._take(settings)
         if run.status in GOING:
             run.subscribe(lambda events: self._heard(run, events))
         self._show_state()
@@ -120,6 +118,7 @@ class TrainPanel(Panel):
         if any(isinstance(event, (RunFinished, RunFailed)) for event in events):
             self._enable({"start": True, "stop": False})
             self._refresh()
+            self.update_saved()
 
     def _show_state(self) -> None:
         status = self._run.status if self._run is not None else ""

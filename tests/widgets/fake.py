@@ -7,22 +7,26 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from nbkit.config import ALL_LINEAR, DataRecipe, LoraConfig, TrainConfig
+from nbkit.config import ALL_LINEAR, DataConfig, DataRecipe, LoraConfig, ModelConfig, TrainConfig
+from nbkit.data.findings import Finding
 from nbkit.errors import ConfigError, DataError, ModelError, TrainingError
 from nbkit.events import EvalEvent, Event, MemoryEvent, RunFailed, RunFinished, RunStarted, StepEvent
 
 
 @dataclass
 class Entry:
+    """What panels read of a catalog entry."""
+
     name: str
-    family: str = "Llama"
     parameters: int = 134_515_008
-    needed_bytes: int = 1_200_000_000
-    free_bytes: int = 22_000_000_000
+    needed_bytes: int = 1_300_000_000
     fits: bool = True
-    reason: str = "1.2 GB of memory is needed for weights, adapter and batch, 22 GB are free."
+    reason: str = "Most of it: weights 0.5 GiB."
+    free_bytes: int = 22 * 2**30
+    family: str = "Llama"
 
 
 @dataclass
@@ -44,7 +48,6 @@ class Report:
     rows: list[dict[str, Any]]
     recipe: DataRecipe
     source: str = "sample:ships-log"
-    format: str = "messages"
     reason: str = "every row has a list of messages with role and content"
     rows_in: int = 0
     used: int = 0
@@ -54,10 +57,12 @@ class Report:
     total_tokens: int = 100
     findings: list[Any] = field(default_factory=list)
     examples: list[Any] = field(default_factory=list)
+    row_numbers: list[int] = field(default_factory=list)
     held_out_rows: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.rows_in = self.used = len(self.rows)
+        self.row_numbers = [3 + i for i in range(len(self.rows))]
         self.examples = [{"input_ids": [1, 2], "labels": [-100, 2]} for _ in self.rows]
 
     def preview(self, index: int) -> Preview:
@@ -68,8 +73,8 @@ class Report:
 class FakeRun:
     """Steps every few milliseconds on the loop of whoever awaits it, like the supervisor does."""
 
-    def __init__(self, folder: Path, steps: int, failure: Exception | None = None) -> None:
-        self.dir, self.total_steps, self.failure = folder, steps, failure
+    def __init__(self, folder: Path, steps: int, config: Any, failure: Exception | None = None) -> None:
+        self.dir, self.total_steps, self.failure, self.config = folder, steps, failure, config
         self.status, self.events, self.result, self.error = "running", [], None, None
         self.subscribers: list[tuple[Callable[[list[Event]], None], list[int]]] = []
 
@@ -130,6 +135,8 @@ class FakeSession:
         self.folder, self.said, self.steps, self.failure = folder, said, steps, failure
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
         self.loaded: Loaded | None = None
+        self.model_config: ModelConfig | None = None
+        self.data_config: DataConfig | None = None
         self.lora: LoraConfig | None = None
         self.data: Report | None = None
         self.run: FakeRun | None = None
@@ -144,14 +151,14 @@ class FakeSession:
             callback(topic)
 
     def catalog(self, load_in_4bit: bool | None = None) -> list[Entry]:
-        small = Entry("smollm2-135m-instruct")
-        big = Entry("llama-3.1-8b-instruct", parameters=8_030_261_248, needed_bytes=40_000_000_000, fits=False, reason="too big")
-        return [big, small, Entry("named " + self.said, self.said, reason=self.said)]
+        big = Entry("llama-3.1-8b-instruct", 8_030_261_248, 40 * 2**30, fits=False, reason="load_in_4bit=True would do.")
+        return [big, Entry("smollm2-135m-instruct"), Entry("named " + self.said, fits=False, reason=self.said)]
 
     def load(self, name: str, load_in_4bit: bool = False, dtype: str = "auto", max_seq_length: int = 2048) -> Loaded:
         self.calls.append(("load", (name,), {"load_in_4bit": load_in_4bit, "dtype": dtype, "max_seq_length": max_seq_length}))
         if name.startswith("no-such"):
             raise ModelError(f"There is no model {name!r}; did you mean smollm2-135m-instruct?")
+        self.model_config = ModelConfig(name=name, load_in_4bit=load_in_4bit, dtype=dtype, max_seq_length=max_seq_length)
         self.loaded = Loaded(name, f"{name} was loaded from the cache. {self.said}")
         self._changed("model")
         return self.loaded
@@ -188,10 +195,10 @@ class FakeSession:
             raise DataError("There is no file missing.jsonl; give the path of a JSONL, JSON or CSV file.")
         rows = [{"user": f"{self.said} {i}", "reply": self.said, self.said[:50]: self.said} for i in range(1, 5)]
         report = Report(rows, DataRecipe(format="messages", columns={"messages": "messages"}), source=source)
-        report.findings = [f"row 3: {self.said}"] * 20
+        report.findings = [Finding(3, "null_reply", self.said)] * 20
         report.reason = self.said
         report.held_out_rows = [[{"role": "user", "content": "held " + self.said}, {"role": "assistant", "content": self.said}]]
-        self.data = report
+        self.data, self.data_config = report, DataConfig(source=source, recipe=report.recipe, held_out=held_out)
         self._changed("data")
         return report
 
@@ -203,7 +210,7 @@ class FakeSession:
             raise ConfigError("The model has no adapter yet; call session.add_lora(rank=16) first.")
         if self.data is not None and self.data.trained_tokens == 0:
             raise TrainingError("No token of the 4 rows would be trained: every label is masked.")
-        self.run = FakeRun(self.folder, self.steps, self.failure)
+        self.run = FakeRun(self.folder, self.steps, SimpleNamespace(train=train or TrainConfig()), self.failure)
         self._changed("run")
         return self.run
 
