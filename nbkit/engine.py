@@ -66,6 +66,16 @@ class Session:
         """Call `callback(topic)` after a change; topics are "model", "lora", "data" and "run"."""
         self._listeners.append(callback)
 
+    @property
+    def model_config(self) -> ModelConfig | None:
+        """How the model was loaded; None before."""
+        return self._model_config
+
+    @property
+    def data_config(self) -> DataConfig | None:
+        """Where the data came from and how they were read, as a run keeps it; None before."""
+        return self._data_config
+
     def _changed(self, topic: str) -> None:
         for callback in list(self._listeners):
             callback(topic)
