@@ -116,7 +116,6 @@ class Job:
         if self._stop_requested():
             return self._first, None
         link = Link(self._config, self._folder, facts(self._config, self._data), self._emit, self._stop_requested)
-        methods.check_optimizer(train.optimizer)
         trainer = methods.build(link, self._model, self._tokenizer, self._data.examples)
         try:
             set_checkpointing(self._model, bool(train.gradient_checkpointing))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -51,7 +52,7 @@ def build(link: Link, model: Any, tokenizer: Any, examples: Sequence[Any]) -> An
     Args:
         model: wrapped by PEFT, adapters trainable.
         examples: pre-tokenised rows with "input_ids" and "labels".
-    Raises: TrainingError for a precision or an optimizer that does not exist here.
+    Raises: TrainingError for a precision that does not train on the model's device.
     """
     from datasets import Dataset
 
@@ -81,11 +82,16 @@ def build(link: Link, model: Any, tokenizer: Any, examples: Sequence[Any]) -> An
     )
 
 
-def check_optimizer(name: str) -> None:
-    """Raises: TrainingError for an optimizer name that transformers does not know, with the nearest it does."""
+def check(train: TrainConfig) -> None:
+    """Raises: TrainingError if the method's library is not installed, or transformers does not know the optimizer."""
     from transformers.training_args import OptimizerNames
 
-    names = ["auto", "adamw", *(one.value for one in OptimizerNames)]
+    library = METHODS[train.method].library.split(".")[0]
+    if importlib.util.find_spec(library) is None:
+        raise TrainingError(
+            f"Training by {train.method} needs the package {library}; install it with: pip install 'nbkit-llm[cpu]'"
+        )
+    name, names = train.optimizer, ["auto", "adamw", *(one.value for one in OptimizerNames)]
     if name not in names:
         raise TrainingError(f"optimizer {name!r} is not known; use 'auto', 'adamw' or 'adamw_8bit'.{nearest(name, names)}")
 

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 from nbkit.config import IGNORE_INDEX, RunConfig
 from nbkit.errors import TrainingError
 from nbkit.events import Event, EventLog, MessageEvent, RunFailed, RunFinished
-from nbkit.training import checkpoints, faults, supervisor
+from nbkit.training import checkpoints, faults, methods, supervisor
 from nbkit.training.folder import CONFIG_NAME, RunFolder
 from nbkit.training.job import Job, require_same_run
-from nbkit.training.methods import total_steps
 
 if TYPE_CHECKING:
     from nbkit.data.report import DataReport
@@ -34,13 +33,16 @@ class Run:
         data: the report whose `examples` are trained on.
         resume: continue from the newest whole checkpoint of the folder; from step 0 if there is none.
     Raises: TrainingError before step 0, with nothing written, for data without a trained token, a model without a
-        trainable tensor, a folder that another run uses or has filled, a checkpoint of other rows or another model.
+        trainable tensor, an unknown optimizer, a disk without room for one checkpoint, a folder that another run uses
+        or has filled, a checkpoint of other rows or another model.
     """
 
     def __init__(self, config: RunConfig, model: Any, tokenizer: Any, data: DataReport, *, resume: bool = False) -> None:
         _require_trainable(model, data)
+        methods.check(config.train)
+        _require_room(config, model)
         self.config = config
-        self.total_steps = total_steps(config.train, len(data.examples))
+        self.total_steps = methods.total_steps(config.train, len(data.examples))
         self.result: RunFinished | None = None
         self.error: BaseException | None = None
         self._stop = threading.Event()
@@ -173,6 +175,17 @@ def _require_trainable(model: Any, data: DataReport) -> None:
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TrainingError("The model has nothing to train; call session.add_lora(rank=16) first.")
+
+
+def _require_room(config: RunConfig, model: Any) -> None:
+    """A checkpoint with the adapter and AdamW's two moments, and the adapter itself, asked for before step 0."""
+    if config.run_dir is None:
+        return  # refused with its own sentence
+    folder = Path(config.run_dir).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    checkpoints.require_space(folder, 4 * weights + 4_000_000, "The run")
 
 
 def _step(events: list[Event]) -> int:

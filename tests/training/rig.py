@@ -71,3 +71,18 @@ def config(run_dir: Path | str | None, **train: Any) -> RunConfig:
 def adapter(model: Any) -> dict[str, Any]:
     """Copies of all trainable tensors, by name."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def failing(model: Any, at: int, error: BaseException) -> Any:
+    """The model, with a forward that raises at its call number `at`."""
+    base, calls = model.get_base_model(), []
+    forward = base.forward
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == at:
+            raise error
+        return forward(*args, **kwargs)
+
+    base.forward = fail
+    return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -29,21 +30,6 @@ from tests.training import rig
 def start(folder: Path | None, model: Any = None, data: rig.Rows | None = None, resume: bool = False, **train: Any) -> Run:
     model = model if model is not None else rig.lora_model()
     return Run(rig.config(folder, **train), model, tiny_tokenizer(), data if data is not None else rig.rows(), resume=resume)
-
-
-def failing(model: Any, at: int, error: BaseException) -> Any:
-    """The model, with a forward that raises at its call number `at`."""
-    base, calls = model.get_base_model(), []
-    forward = base.forward
-
-    def fail(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        if len(calls) == at:
-            raise error
-        return forward(*args, **kwargs)
-
-    base.forward = fail
-    return model
 
 
 def until(condition: Any, seconds: float = 30.0) -> None:
@@ -256,16 +242,32 @@ def test_a_model_without_adapters_is_refused(tmp_path: Path, tiny_model: Any) ->
 
 
 def test_an_unknown_optimizer_is_refused_with_the_nearest(tmp_path: Path) -> None:
-    run = start(tmp_path / "run", optimizer="adamw_8bits")
     with pytest.raises(TrainingError, match=r"optimizer 'adamw_8bits' is not known.*Did you mean adamw_8bit"):
-        run.wait(progress=False)
+        start(tmp_path / "run", optimizer="adamw_8bits")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_trl_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        TrainingError, match=r"Training by sft needs the package trl; install it with: pip install 'nbkit-llm\[cpu\]'"
+    ):
+        start(tmp_path / "run")
+
+
+def test_a_disk_without_room_is_refused_before_step_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=1000))
+    with pytest.raises(TrainingError, match=r"Disk full: The run needs 4\.1 MB, .* has 0\.0 MB free;"):
+        start(tmp_path / "not" / "yet" / "there")
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- failing -----------------------------------------------------------------------------------------
 
 
 def test_the_workers_exception_is_raised_where_the_run_is_waited_for(tmp_path: Path) -> None:
-    run = start(tmp_path / "run", failing(rig.lora_model(), 3, ZeroDivisionError("a bug")))
+    run = start(tmp_path / "run", rig.failing(rig.lora_model(), 3, ZeroDivisionError("a bug")))
     with pytest.raises(ZeroDivisionError, match="a bug"):
         run.wait(progress=False)
     assert run.status == "failed" and run.result is None
@@ -290,19 +292,21 @@ def test_the_workers_exception_is_raised_where_the_run_is_waited_for(tmp_path: P
 def test_known_causes_are_one_sentence_with_the_original_chained(
     tmp_path: Path, error: Exception, train: dict[str, Any], sentence: str
 ) -> None:
-    run = start(tmp_path / "run", failing(rig.lora_model(), 2, error), **train)
+    run = start(tmp_path / "run", rig.failing(rig.lora_model(), 2, error), **train)
     with pytest.raises(TrainingError, match=sentence) as caught:
         run.wait(progress=False)
     assert caught.value.__cause__ is error
     assert isinstance(read_events(run.dir)[-1], RunFailed)
 
 
-def test_a_disk_without_room_for_a_checkpoint_ends_the_run_in_a_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = shutil.disk_usage
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=1000))
-    run = start(tmp_path / "run")
+def test_a_disk_without_room_for_a_checkpoint_ends_the_run_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, model = shutil.disk_usage, rig.lora_model()
+
+    def fill(*_: Any) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=1000))
+
+    model.get_base_model().lm_head.register_forward_hook(fill)
+    run = start(tmp_path / "run", model)
     with pytest.raises(TrainingError, match=r"Disk full: The checkpoint of step 4 needs 2\.\d MB"):
         run.wait(progress=False)
     assert not list(run.dir.glob("*checkpoint*"))
@@ -332,7 +336,7 @@ def test_nothing_of_a_run_keeps_the_model_alive(tmp_path: Path, error: Exception
     batches: list[weakref.ref[Any]] = []
     model.get_base_model().get_input_embeddings().register_forward_hook(lambda m, i, o: batches.append(weakref.ref(o)))
     if error is not None:
-        failing(model, 2, error)
+        rig.failing(model, 2, error)
     run = start(tmp_path / "run", model)
     try:
         run.wait(progress=False)
