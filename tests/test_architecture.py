@@ -22,7 +22,8 @@ ALLOWED = {
     "hardware": {"torch", "psutil", "pynvml", "transformers"},
     "widgets": {"ipywidgets", "IPython", "traitlets"},
 }
-FREE_KEYWORDS = ("replace", "forward", "set")  # replace and Panel.set check the names; a forward takes what transformers passes
+# replace and Panel.set check the names; a forward and a trainer's callback take what transformers passes.
+FREE_KEYWORDS = ("replace", "forward", "set", "on_pre_optimizer_step", "on_step_end")
 HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "triton", "pandas", "pyarrow")
 
 

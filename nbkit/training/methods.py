@@ -101,7 +101,7 @@ def compute_dtype(model: Any) -> Any:
     import torch
 
     quantization = getattr(model.config, "quantization_config", None)
-    if getattr(quantization, "load_in_4bit", False):
+    if quantization is not None and getattr(quantization, "load_in_4bit", False):
         dtype = quantization.bnb_4bit_compute_dtype
         return getattr(torch, dtype) if isinstance(dtype, str) else dtype
     return model.get_input_embeddings().weight.dtype

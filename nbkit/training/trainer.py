@@ -119,6 +119,7 @@ class TrainerMixin:
     def get_train_dataloader(self) -> Any:
         """Batches of the examples in seeded order, collated and on the device."""
         args = self.args
+        self._boundary = time.perf_counter()  # the loop asks once, just before the first step
         loader = DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
             batch_size=args.train_batch_size,
@@ -280,9 +281,6 @@ class _Boundaries(TrainerCallback):
 
     def __init__(self, trainer: TrainerMixin) -> None:
         self._trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._boundary = time.perf_counter()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.check_step()
