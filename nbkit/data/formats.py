@@ -73,13 +73,8 @@ def detect(source: Source, recipe: DataRecipe) -> Detected:
         raise DataError(f"No row of {source.name} is an object with columns{seen}. Accepted: {EXPECTED}.")
     if recipe.format != "auto" or recipe.columns:
         return _as_told(source, recipe, columns)
-    for column, form in _lists(source, columns):
-        reason = f"the column {column!r} holds lists of {_turn_keys(form)}"
-        return _found(recipe, form, {form_role(form): column}, reason, columns)
-    lower = {column.casefold(): column for column in reversed(columns)}
-    if "instruction" in lower and "output" in lower:
-        filled = {role: lower[role] for role in ROLES["alpaca"] if role in lower}
-        return _found(recipe, "alpaca", filled, f"there are columns {', '.join(map(repr, filled.values()))}", columns)
+    if candidates := _candidates(source, columns):
+        return _found(recipe, *candidates[0], columns)
     raise DataError(
         f"{source.name} is in no known format: its columns are {_listed(columns)}. Accepted: {EXPECTED}. "
         "Other columns can be named: DataRecipe(format='alpaca', "
@@ -136,18 +131,25 @@ def _as_told(source: Source, recipe: DataRecipe, seen: Sequence[str]) -> Detecte
     return _found(recipe, form, filled, "the recipe says so", seen)
 
 
-def _lists(source: Source, columns: Sequence[str]) -> list[tuple[str, str]]:
-    """(column, format) for the columns that hold lists of turns; those of the usual names first."""
-    found = []
+def _candidates(source: Source, columns: Sequence[str]) -> list[tuple[str, dict[str, str], str]]:
+    """(format, columns by role, reason), the one that fits the most of the first rows first."""
+    values = [row.value for row in source.rows[:LOOKED_AT] if isinstance(row.value, Mapping)]
     usual = ("messages", "conversations")
-    for column in sorted(columns, key=lambda name: (name.casefold() not in usual, columns.index(name))):
-        for row in source.rows[:LOOKED_AT]:
-            value = row.value.get(column) if isinstance(row.value, Mapping) else None
-            form = _form_of(value)
-            if form:
-                found.append((column, form))
-                break
-    return found
+    found = []  # (rows that fit, format, columns, reason)
+    for column in sorted(columns, key=lambda name: name.casefold() not in usual):
+        forms = [_form_of(value.get(column)) for value in values]
+        for form in ("messages", "sharegpt"):
+            if fitting := forms.count(form):
+                found.append(
+                    (fitting, form, {form_role(form): column}, f"the column {column!r} holds lists of {_turn_keys(form)}")
+                )
+    lower = {column.casefold(): column for column in reversed(columns)}
+    if "instruction" in lower and "output" in lower:
+        filled = {role: lower[role] for role in ROLES["alpaca"] if role in lower}
+        fitting = sum(all(isinstance(value.get(lower[role]), str) for role in ("instruction", "output")) for value in values)
+        found.append((fitting, "alpaca", filled, f"there are columns {', '.join(map(repr, filled.values()))}"))
+    best_first = sorted(found, key=lambda candidate: -candidate[0])  # stable: lists of the usual names win a tie
+    return [(form, filled, reason) for _, form, filled, reason in best_first]
 
 
 def _form_of(value: Any) -> str | None:

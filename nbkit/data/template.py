@@ -91,17 +91,14 @@ class Renderer:
 
         Raises: RowFault if the template refuses the messages, or changes a text so that its place is not certain.
         """
-        text = self._apply(messages)
         shape = tuple((message["role"], bool(message["content"])) for message in messages)
-        places = self._match(text, messages, self._skeleton(shape))
-        if places is None:  # a template that writes the date may have changed since; look once more
-            self._skeletons.pop(shape)
+        for _ in range(2):  # a template may write the time: what was seen before is looked at afresh once
+            text = self._apply(messages)
             places = self._match(text, messages, self._skeleton(shape))
-        if places is None:
-            raise RowFault(
-                "template_rewrites", "the chat template changes the texts, so that where the replies lie is not certain"
-            )
-        return self._trained(text, messages, places, self._skeleton(shape))
+            if places is not None:
+                return self._trained(text, messages, places, self._skeleton(shape))
+            del self._skeletons[shape]
+        raise RowFault("template_rewrites", "the chat template changes the texts, so that where the replies lie is not certain")
 
     def _apply(self, messages: Sequence[Message], prompt: bool = False) -> str:
         try:
@@ -192,7 +189,7 @@ class Renderer:
                 except RowFault as fault:
                     labelled.append(fault)
                     continue
-            spans = tiled(offsets)
+            spans = tiled(one.text, offsets)
             mask = trained_mask(spans, one.trained)
             labels = [i if trained else IGNORE_INDEX for i, trained in zip(ids, mask, strict=True)]
             labelled.append(Labelled(ids, labels, spans))
@@ -244,11 +241,14 @@ class Renderer:
         return ids, offsets
 
 
-def tiled(offsets: Sequence[Span]) -> list[Span]:
-    """Spans that leave no gap: characters that a tokenizer trims off its offsets belong to the token after them."""
+def tiled(text: str, offsets: Sequence[Span]) -> list[Span]:
+    """The spans with the white space that some tokenizers trim off their offsets; it is part of the token after it.
+
+    Other characters between two tokens are those that a normaliser drops; they are part of no token.
+    """
     spans, at = [], 0
     for start, end in offsets:
-        spans.append((min(start, at), end))
+        spans.append((at if text[at:start].isspace() else start, end))
         at = max(at, end)
     return spans
 

@@ -21,7 +21,6 @@ from nbkit.data.samples.ships_wording import DIRECTIONS, HELD_OUT, SEAS, TRAIN, 
 SEED = 1851
 TRAIN_ROWS, HELD_OUT_ROWS = 200, 30
 NGRAM = 8  # words; no run of that many is shared between a held-out row and a training row
-FIELDS = ("time", "wind", "sea", "course", "speed", "event")
 
 
 class Dice:
@@ -43,11 +42,10 @@ class Dice:
 def facts(wording: Wording, event: str, dice: Dice) -> dict[str, str]:
     """One watch: each value stands word for word in the report and in the line."""
     return {
-        "time": f"{dice.below(24):02d}{dice.pick(wording.minutes):02d}",
+        "time": f"{dice.below(24):02d}:{dice.pick(wording.minutes):02d}",
         "direction": dice.pick(DIRECTIONS),
         "force": str(2 + dice.below(8)),
         "sea": dice.pick(SEAS),
-        "course": f"{dice.below(36):02d}{dice.pick(wording.course_end)}",
         "speed": str(3 + dice.below(17)),
         "event": event,
     }
@@ -55,22 +53,21 @@ def facts(wording: Wording, event: str, dice: Dice) -> dict[str, str]:
 
 def log_line(fact: dict[str, str]) -> str:
     event = fact["event"].removeprefix("the ").removeprefix("a ").removeprefix("an ")
-    return "{time}; wind {direction} {force}; sea {sea}; course {course}; {speed} knots; ".format(**fact) + event
+    return "{time}; wind {direction} {force}; sea {sea}; {speed} knots; ".format(**fact) + event
 
 
 def report(wording: Wording, fact: dict[str, str], dice: Dice) -> str:
-    """Clauses up to three to a sentence. Wind and sea stand together, course and speed too; else the order is free."""
-    weather, way = dice.shuffled(("wind", "sea")), dice.shuffled(("course", "speed"))
-    blocks = dice.shuffled((weather, way))
-    blocks.insert(dice.pick((0, 0, 0, 1, 2)), ["time"])
-    blocks.insert(dice.pick((3, 3, 3, 2, 1)), ["event"])
-    order = [field for block in blocks for field in block]
-    clauses = [dice.pick(wording.clauses[field]).format(**fact) for field in order]
-    sentences, at = [], 0
-    while at < len(clauses):
+    """What happened is a sentence of its own, anywhere; the other facts come in any order, up to three to a sentence."""
+    order = dice.shuffled(("wind", "sea", "speed"))
+    order.insert(dice.pick((0, 0, 0, 1, 2, 3)), "time")
+    said = {field: dice.pick(wording.clauses[field]).format(**fact) for field in (*order, "event")}
+    clauses = [said[field] + (dice.pick(wording.tails) if field != "time" else "") for field in order]
+    sentences = []
+    while clauses:
         size = 1 + dice.below(3)
-        sentences.append(dice.pick((", ", " and ", ", ")).join(clauses[at : at + size]))
-        at += size
+        sentences.append(dice.pick((", ", " and ", ", ")).join(clauses[:size]))
+        del clauses[:size]
+    sentences.insert(dice.pick((len(sentences), len(sentences), dice.below(len(sentences) + 1))), said["event"])
     parts = [dice.pick(wording.openings), *(f"{s[0].upper()}{s[1:]}." for s in sentences), dice.pick(wording.closings)]
     return " ".join(part for part in parts if part)
 

@@ -15,7 +15,7 @@ class Wording:
     clauses: dict[str, tuple[str, ...]]
     events: tuple[str, ...]
     minutes: tuple[int, ...]
-    course_end: tuple[int, ...]  # last digits of the courses, so that the two sets share no course
+    tails: tuple[str, ...]  # may follow any fact
 
 
 DIRECTIONS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
@@ -59,6 +59,11 @@ TRAIN = Wording(
             "we reached {time} without trouble",
             "{time} and all awake",
             "eight bells went at {time}",
+            "now, at {time}",
+            "{time}",
+            "log this for {time}",
+            "I took the watch at {time}",
+            "{time} hours",
         ),
         "wind": (
             "the wind is {direction} at force {force}",
@@ -74,6 +79,11 @@ TRAIN = Wording(
             "gusts from the {direction}, about {force}",
             "a steady {force} out of the {direction}",
             "weather {direction} {force} and holding",
+            "wind {direction} {force}",
+            "wind {direction}, force {force}",
+            "wind is {direction} and about {force}",
+            "with the wind {direction} at {force}",
+            "the wind backed to {direction} {force}",
         ),
         "sea": (
             "the sea is {sea}",
@@ -87,20 +97,12 @@ TRAIN = Wording(
             "it looks {sea} down there",
             "the ocean lies {sea}",
             "{sea} seas since breakfast",
-        ),
-        "course": (
-            "we steer {course}",
-            "our course is {course}",
-            "the helm keeps {course}",
-            "heading {course} as ordered",
-            "the compass shows {course}",
-            "we came round to {course}",
-            "still on {course}",
-            "course {course} again",
-            "I have her on {course}",
-            "the ship's head is {course}",
-            "steady on {course}",
-            "{course} is what we steer",
+            "sea {sea}",
+            "the sea remains {sea}",
+            "sea is {sea}",
+            "with a {sea} sea",
+            "the state of the sea is {sea}",
+            "I see a {sea} sea",
         ),
         "speed": (
             "we make {speed} knots",
@@ -114,6 +116,11 @@ TRAIN = Wording(
             "I read {speed} knots",
             "no more than {speed} knots",
             "a good {speed} knots",
+            "speed {speed} knots",
+            "{speed} knots",
+            "at {speed} knots",
+            "{speed} knots on the log",
+            "our speed is about {speed} knots",
         ),
         "event": (
             "{event}",
@@ -128,6 +135,8 @@ TRAIN = Wording(
             "at dawn {event}",
             "I saw that {event}",
             "sorry to say, {event}",
+            "this happened, {event}",
+            "in other news {event}",
         ),
     },
     events=(
@@ -213,7 +222,7 @@ TRAIN = Wording(
         "the cabin boy had a birthday",
     ),
     minutes=(0, 10, 15, 20, 30, 40, 45, 50),
-    course_end=(0, 1, 3, 4, 5, 6, 8),
+    tails=("", "", "", "", "", " now", " as before", " at present"),
 )
 
 HELD_OUT = Wording(
@@ -248,13 +257,6 @@ HELD_OUT = Wording(
             "a {sea} sea under the keel",
             "sea state {sea}",
             "with the sea {sea}",
-        ),
-        "course": (
-            "the course I keep is {course}",
-            "I hold {course} for our course",
-            "she lies on course {course}",
-            "the course stays {course}",
-            "by the gyro our heading is {course}",
         ),
         "speed": (
             "the meter reads {speed} knots",
@@ -304,5 +306,5 @@ HELD_OUT = Wording(
         "a submarine surfaced astern",
     ),
     minutes=(5, 25, 35, 55),
-    course_end=(2, 7, 9),
+    tails=("", "", "", "", " again", " by my count"),
 )

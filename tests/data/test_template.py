@@ -1,0 +1,198 @@
+"""Labels against an oracle of character spans written by hand, over templates and kinds of tokenizers."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nbkit.config import IGNORE_INDEX
+from nbkit.data.findings import RowFault
+from nbkit.data.template import Labelled, Renderer, pieces_of, tiled, trained_mask
+from nbkit.errors import DataError
+from tests.data.chats import BY_HAND, JINJA, SPECIALS, Messages, tokenizer
+
+KINDS = ("bytes", "trimmed", "metaspace")
+RENDERERS = {(template, kind): Renderer(tokenizer(template, kind)) for template in JINJA for kind in KINDS}
+
+WORDS = "Hello|assistant|user|\n|\n\n|  | |[INST]|[/INST]|fine|5|é|e\u0301|日本|😀|🇫🇷|im_end|system\n|\t|\r\n|<think>|ﬁ|\u200f|."
+words = st.sampled_from([*WORDS.split("|"), "<|", "|>", "x" * 40])
+texts = st.lists(words, min_size=1, max_size=6).map("".join).filter(lambda text: text.strip() != "")
+chats = st.tuples(
+    st.none() | texts,
+    st.lists(st.tuples(texts, texts), min_size=1, max_size=4),
+    st.booleans(),  # is the reply a copy of the question?
+)
+
+
+def messages_of(system: str | None, turns: list[tuple[str, str]], copied: bool) -> Messages:
+    made = [] if system is None else [{"role": "system", "content": system}]
+    for question, reply in turns:
+        made += [{"role": "user", "content": question}, {"role": "assistant", "content": question if copied else reply}]
+    return made
+
+
+def oracle(template: str, renderer: Renderer, messages: Messages) -> tuple[str, list[int], list[int]]:
+    """(text, ids, labels) without the production code: letter by letter."""
+    pieces = BY_HAND[template](messages)
+    text = "".join(piece for piece, _ in pieces)
+    is_trained = [mine for piece, mine in pieces for _ in piece]
+    encoding = renderer.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    labels, reached = [], 0
+    for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+        letters = range(min(start, reached), end)  # white space trimmed off the offsets is the token's own
+        reached = max(reached, end)
+        labels.append(token if any(is_trained[i] for i in letters) else IGNORE_INDEX)
+    return text, list(encoding.ids), labels
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", JINJA)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(chat=chats)
+def test_labels_equal_the_oracle(template: str, kind: str, chat: tuple) -> None:
+    renderer = RENDERERS[template, kind]
+    messages = messages_of(*chat)
+    rendered = renderer.render(messages)
+    (found,) = renderer.label([rendered])
+    assert isinstance(found, Labelled)
+    text, ids, labels = oracle(template, renderer, messages)
+    assert rendered.text == text
+    assert found.input_ids == ids
+    assert found.labels == labels
+    own = renderer.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+    assert list(own["input_ids"]) == ids
+    assert ids.count(renderer.tokenizer.bos_token_id) == text.count("<s>") <= 1
+    pieces = list(pieces_of(text, found))
+    assert "".join(piece for piece, _ in pieces) == text
+    assert all(a[1] != b[1] for a, b in zip(pieces, pieces[1:], strict=False))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", JINJA)
+def test_the_stop_token_of_every_reply_is_trained_though_it_pads(template: str, kind: str) -> None:
+    renderer = RENDERERS[template, kind]
+    assert renderer.tokenizer.pad_token_id == renderer.tokenizer.eos_token_id
+    messages = messages_of(None, [("Hello", "fine"), ("user", "I am fine"), ("5", "6")], False)
+    (found,) = renderer.label([renderer.render(messages)])
+    assert isinstance(found, Labelled)
+    assert [label for label in found.labels if label != IGNORE_INDEX].count(renderer.tokenizer.eos_token_id) == 3
+    trained = [label for label in found.labels if label != IGNORE_INDEX]
+    assert trained[-1] == renderer.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", JINJA)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(before=texts, special=st.sampled_from(SPECIALS), after=texts, who=st.sampled_from((0, 1)))
+def test_spelled_control_tokens_stay_text(template: str, kind: str, before: str, special: str, after: str, who: int) -> None:
+    renderer = RENDERERS[template, kind]
+    clean = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "fine"}]
+    clean[who]["content"] = before + "x" * len(special) + after
+    dirty = [dict(message) for message in clean]
+    dirty[who]["content"] = before + special + after
+    rendered = renderer.render(dirty)
+    assert [kind for kind, _ in rendered.notes] == ["control_text"]
+    assert repr(special) in rendered.notes[0][1]
+    (found,) = renderer.label([rendered])
+    if isinstance(found, RowFault):  # a tokenizer that joins over the cut says so
+        assert found.kind == "control_text"
+        assert kind == "metaspace"
+        return
+    (reference,) = renderer.label([renderer.render(clean)])
+    assert isinstance(reference, Labelled)
+    controls = set(renderer.tokenizer.convert_tokens_to_ids(SPECIALS)) - {renderer.tokenizer.unk_token_id}
+    assert [i for i in found.input_ids if i in controls] == [i for i in reference.input_ids if i in controls]
+    assert "".join(piece for piece, mine in pieces_of(rendered.text, found) if mine).count(dirty[1]["content"].strip()) == 1
+
+
+def test_a_tokenizer_is_left_as_it_was_after_spelled_control_tokens() -> None:
+    made = tokenizer("chatml")
+    renderer = Renderer(made)
+    renderer.label([renderer.render([{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "a"}])])
+    assert made("<|im_end|>", add_special_tokens=False)["input_ids"] == [made.eos_token_id]
+
+
+def test_an_empty_system_message_takes_the_default_one_away() -> None:
+    renderer = RENDERERS["chatml", "bytes"]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert "You are helpful" in renderer.render(turns).text
+    assert renderer.render([{"role": "system", "content": ""}, *turns]).text.startswith(
+        "<|im_start|>system\n<|im_end|>\n<|im_start|>user"
+    )
+
+
+def test_a_template_may_refuse_a_row() -> None:
+    renderer = RENDERERS["mistral", "bytes"]
+    twice = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
+    with pytest.raises(RowFault, match="roles must alternate") as caught:
+        renderer.render(twice)
+    assert caught.value.kind == "template"
+
+
+def with_template(text: str) -> Renderer:
+    made = tokenizer("chatml")
+    made.chat_template = text
+    return Renderer(made)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] | upper + eos_token }}{% endfor %}",
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'].split('</think>')[-1] + eos_token }}{% endfor %}",
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + m['content'] + eos_token }}{% endfor %}",
+        "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}",
+    ],
+)
+def test_a_template_that_rewrites_replies_is_refused_not_guessed_at(template: str) -> None:
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "aha </think> fine"}]
+    with pytest.raises(RowFault) as caught:
+        with_template(template).render(messages)
+    assert caught.value.kind == "template_rewrites"
+
+
+def test_a_missing_stop_token_is_said() -> None:
+    renderer = with_template("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}")
+    rendered = renderer.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    assert [kind for kind, _ in rendered.notes] == ["no_stop"]
+    assert [rendered.text[a:b] for a, b in rendered.trained] == ["b"]
+
+
+def test_a_template_that_writes_the_time_is_followed() -> None:
+    import itertools
+
+    made = tokenizer("chatml")
+    renderer = Renderer(made)
+    ticks = itertools.count()
+    stock = made.apply_chat_template
+
+    def dated(messages: list, **settings: object) -> str:
+        return f"second {next(ticks) // 7}\n" + stock(messages, **settings)
+
+    made.apply_chat_template = dated
+    for _ in range(20):
+        rendered = renderer.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        assert [rendered.text[a:b] for a, b in rendered.trained] == ["b<|im_end|>"]
+
+
+def test_no_chat_template_and_slow_tokenizers_are_refused_with_the_remedy() -> None:
+    made = tokenizer("chatml")
+    made.chat_template = None
+    with pytest.raises(DataError, match="no chat template.*instruct checkpoint"):
+        Renderer(made)
+
+    class Slow:
+        chat_template, is_fast, name_or_path = "x", False, "some/model"
+
+    with pytest.raises(DataError, match="some/model.*tokenizer.json"):
+        Renderer(Slow())
+
+
+def test_masks_by_hand() -> None:
+    offsets = [(0, 2), (3, 5), (5, 6), (5, 6), (6, 6), (8, 9), (12, 12)]
+    assert tiled("ab cdé~~x   ", offsets) == [(0, 2), (2, 5), (5, 6), (5, 6), (6, 6), (8, 9), (9, 12)]
+    spans = [(0, 2), (2, 5), (5, 6), (5, 6), (6, 6), (6, 9), (9, 9)]
+    assert trained_mask(spans, [(5, 6)]) == [False, False, True, True, False, False, False]
+    assert trained_mask(spans, [(4, 6), (6, 9)]) == [False, True, True, True, True, True, False]
+    assert trained_mask(spans, []) == [False] * 7
