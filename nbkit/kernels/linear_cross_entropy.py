@@ -71,14 +71,11 @@ def _reduce(losses: torch.Tensor, reduction: str, num_items: float | torch.Tenso
 
 @jit
 def _shaped(x, logit_scale, softcap, SOFTCAP: tl.constexpr):
-    """The logits z and dz/dx without the factor logit_scale. tanh(u) = 2 sigmoid(2u) - 1."""
+    """z. tanh(u) = 2 sigmoid(2u) - 1."""
     z = x * logit_scale
-    slope = z * 0.0 + 1.0
     if SOFTCAP:
-        t = 2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0
-        z = softcap * t
-        slope = 1.0 - t * t
-    return z, slope
+        z = softcap * (2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0)
+    return z
 
 
 @jit
@@ -103,14 +100,14 @@ def _rows_kernel(
         for offset in range(0, V, BLOCK):
             col = offset + tl.arange(0, BLOCK)
             x = tl.load(start + col, mask=col < V, other=-float("inf")).to(tl.float32)
-            z, _ = _shaped(x, logit_scale, softcap, SOFTCAP)
+            z = _shaped(x, logit_scale, softcap, SOFTCAP)
             z = tl.where(col < V, z, -float("inf"))
             higher = tl.maximum(top, tl.max(z, axis=0))
             total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher), axis=0)
             top = higher
         lse = top + tl.log(total)
         known = (label >= 0) & (label < V)
-        own, _ = _shaped(tl.load(start + label, mask=known, other=float("nan")).to(tl.float32), logit_scale, softcap, SOFTCAP)
+        own = _shaped(tl.load(start + label, mask=known, other=float("nan")).to(tl.float32), logit_scale, softcap, SOFTCAP)
         tl.store(LOSS + row, lse - own)
         if GRADIENT:
             if SCALE_ROWS:
@@ -118,9 +115,11 @@ def _rows_kernel(
             for offset in range(0, V, BLOCK):
                 col = offset + tl.arange(0, BLOCK)
                 x = tl.load(start + col, mask=col < V, other=0.0).to(tl.float32)
-                z, slope = _shaped(x, logit_scale, softcap, SOFTCAP)
+                z = _shaped(x, logit_scale, softcap, SOFTCAP)
                 dz = tl.exp(z - lse) - tl.where(col == label, 1.0, 0.0)
-                dx = dz * slope * (logit_scale * scale)
+                dx = dz * (logit_scale * scale)
+                if SOFTCAP:
+                    dx *= 1.0 - (z / softcap) * (z / softcap)
                 tl.store(start + col, dx.to(LOGITS.dtype.element_ty), mask=col < V)
 
 

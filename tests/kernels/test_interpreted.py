@@ -1,0 +1,66 @@
+"""Runs the parity tests in processes in which Triton interprets kernels on the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nbkit.kernels import all_ops
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
+    reason="needs triton, in a process that compiles",
+)
+
+
+def parity(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """pytest over the parity tests under `root`, interpreted."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    files = ["tests/kernels/test_parity.py", "tests/kernels/test_raw.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files, *arguments]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=400)
+
+
+def test_parity_under_the_interpreter() -> None:
+    done = parity(ROOT)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    count = re.search(r"(\d+) passed", done.stdout)
+    assert count and int(count[1]) >= 2 * sum(len(op.cases) for op in all_ops()), done.stdout[-500:]
+
+
+MUTANTS = [
+    ("rms_norm", "dx = rstd * (g - xhat * (tl.sum(g * xhat, axis=0) / D))", "dx = rstd * g"),
+    ("rms_norm", "share += dy * xhat", "share += dy"),
+    ("rope", "        s = -s", "        s = s"),
+    ("swiglu", "(s + act * (1.0 - s))", "(s + act)"),
+    ("linear_cross_entropy", "dx *= 1.0 - (z / softcap) * (z / softcap)", "dx *= 1.0"),
+    ("linear_cross_entropy", "tl.where(col == label, 1.0, 0.0)", "tl.where(col == label, 0.99, 0.0)"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "right", "wrong"), MUTANTS, ids=lambda value: None)
+def test_a_broken_kernel_is_found(name: str, right: str, wrong: str, tmp_path: Path) -> None:
+    """The same tests, over a copy of the repository in which one line of a kernel is wrong."""
+    for part in ("nbkit", "tests"):
+        (tmp_path / part).mkdir()
+    for path in [*(ROOT / "nbkit").rglob("*.py"), *(ROOT / "tests").glob("*.py"), *(ROOT / "tests/kernels").glob("*.py")]:
+        target = tmp_path / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    (tmp_path / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
+    file = tmp_path / "nbkit" / "kernels" / f"{name}.py"
+    text = file.read_text(encoding="utf-8")
+    assert text.count(right) == 1, "the line to break is not there"
+    file.write_text(text.replace(right, wrong), encoding="utf-8")
+    done = parity(tmp_path, "-x", "-k", name)
+    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "is outside" in done.stdout
