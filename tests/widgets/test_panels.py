@@ -1,0 +1,492 @@
+"""Each panel over a session: what it asks of it, what it shows, and what it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbkit.config import ALL_LINEAR, DataRecipe, TrainConfig
+from nbkit.errors import ConfigError, DataError, ModelError, TrainingError
+from nbkit.widgets.chat import ChatPanel
+from nbkit.widgets.dataset_mapper import DatasetMapper
+from nbkit.widgets.lora import LoraPanel
+from nbkit.widgets.model_picker import ModelPicker
+from nbkit.widgets.train import TrainPanel
+from tests.widgets.fake import FakeSession
+from tests.widgets.hostile import CORPUS, fixed_words, inert, inert_tree
+
+PANELS = (ModelPicker, LoraPanel, DatasetMapper, TrainPanel, ChatPanel)
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> FakeSession:
+    return FakeSession(tmp_path)
+
+
+@pytest.fixture
+def loaded(session: FakeSession) -> FakeSession:
+    session.load("smollm2-135m-instruct", max_seq_length=512)
+    return session
+
+
+@pytest.fixture
+def ready(loaded: FakeSession) -> FakeSession:
+    loaded.add_lora(rank=4)
+    loaded.use_data("sample:ships-log")
+    loaded.calls.clear()
+    return loaded
+
+
+# -- model -----------------------------------------------------------------------------------------
+
+
+def test_the_picker_says_what_fits_and_why_not(session: FakeSession) -> None:
+    panel = ModelPicker(session)
+    lines = [text for text, _ in panel._list.options]
+    assert lines[0].startswith("✓ fits  smollm2-135m-instruct") and "135 M" in lines[0]
+    assert any(line.startswith("✗ no    llama-3.1-8b") and "needs  40.0 GiB" in line and "4bit" in line for line in lines)
+    assert "Fits: needs about 1.2 GiB of 22.0 GiB free." in inert(panel._reason.value).text
+    panel._list.value = "llama-3.1-8b-instruct"
+    assert panel.values()["name"] == "llama-3.1-8b-instruct"
+    assert "Does not fit" in panel._reason.value and "load_in_4bit=True would do" in panel._reason.value
+    panel.set(name="someone/else")
+    assert panel._list.value is None and "not in the list" in panel._reason.value
+
+
+def test_the_list_is_asked_again_for_4_bit(session: FakeSession) -> None:
+    asked = []
+    session.catalog = lambda load_in_4bit=None: asked.append(load_in_4bit) or []  # type: ignore[method-assign]
+    panel = ModelPicker(session)
+    panel.set(load_in_4bit=True)
+    assert asked == [False, True]
+
+
+def test_load_loads_what_is_named(session: FakeSession) -> None:
+    panel = ModelPicker(session)
+    panel.set(name="  a/b ", load_in_4bit=True, max_seq_length=512, dtype="bfloat16")
+    panel.click("load")
+    assert session.calls == [("load", ("a/b",), {"load_in_4bit": True, "dtype": "bfloat16", "max_seq_length": 512})]
+    assert "a/b was loaded from the cache." in panel._message.value and panel.summary() == "✓ a/b is loaded"
+
+
+def test_an_unknown_model_is_a_sentence_with_names(session: FakeSession) -> None:
+    panel = ModelPicker(session)
+    panel._fields["name"].widget.value = "no-such-model"
+    panel._buttons["load"].click()
+    assert "did you mean smollm2-135m-instruct" in inert(panel._message.value).text
+    with pytest.raises(ModelError, match="did you mean"):
+        panel.click("load")
+
+
+def test_the_picker_shows_what_code_has_loaded(loaded: FakeSession) -> None:
+    assert ModelPicker(loaded).values()["max_seq_length"] == 512
+    panel = ModelPicker(loaded)
+    loaded.load("a/b", load_in_4bit=True)
+    assert panel.values() == {"name": "a/b", "load_in_4bit": True, "max_seq_length": 2048, "dtype": "auto"}
+
+
+def test_no_panel_has_a_box_for_secrets(session: FakeSession) -> None:
+    for kind in PANELS:
+        panel = kind(session)
+        assert not [name for name in panel._fields if "token" in name and name != "max_new_tokens"]
+
+
+# -- LoRA ------------------------------------------------------------------------------------------
+
+
+def test_the_cost_is_shown_as_the_rank_changes(session: FakeSession) -> None:
+    panel = LoraPanel(session, model="llama-3.1-8b-instruct")
+    assert "41,943,040" in panel._figures.value and "160 MiB" in panel._figures.value and "0.52 %" in panel._figures.value
+    panel._fields["rank"].widget.value = 8  # a hand
+    assert "20,971,520" in panel._figures.value
+    panel.estimate_for("someone/else")
+    assert "known once it is loaded" in panel._figures.value
+    panel.estimate_for(None)
+    assert "Pick or load a model" in panel._figures.value
+
+
+def test_the_real_shapes_give_the_real_figure() -> None:
+    import nbkit
+
+    session = nbkit.Session()
+    panel = LoraPanel(session, model="meta-llama/Llama-3.1-8B-Instruct")  # type: ignore[arg-type]
+    assert panel.cost()[0] == 41_943_040
+    assert "41,943,040" in panel._figures.value
+    panel.set(targets=["q_proj", "v_proj"])
+    assert panel.cost()[0] == 6_815_744
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"rank": 0}, "rank is 0"),
+        ({"rank": -1}, "rank is -1"),
+        ({"alpha": "many"}, "Alpha takes a number"),
+        ({"alpha": -1}, "alpha is -1"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"targets": ()}, "no target modules"),
+        ({"targets": (1, 2)}, "Target modules are names"),
+    ],
+)
+def test_bad_lora_settings_are_sentences(loaded: FakeSession, values: dict[str, Any], said: str) -> None:
+    panel = LoraPanel(loaded)
+    with pytest.raises(ConfigError, match=said):
+        panel.set(**values)
+    assert said in inert(panel._message.value).text or "targets" in values or "alpha" in values
+
+
+def test_rank_0_typed_by_hand_is_a_sentence_and_no_adapter(loaded: FakeSession) -> None:
+    panel = LoraPanel(loaded)
+    panel._fields["rank"].widget.value = 0
+    assert "LoRA rank is 0; it must be at least 1" in panel._message.value
+    panel._buttons["add"].click()
+    assert "LoRA rank is 0" in panel._message.value and loaded.lora is None
+
+
+def test_add_puts_the_adapter_on(loaded: FakeSession) -> None:
+    panel = LoraPanel(loaded)
+    panel.set(rank=8, alpha=16, targets="qkv_proj", use_rslora=True)
+    panel.click("add")
+    lora = loaded.lora
+    assert lora is not None and (lora.rank, lora.alpha, lora.targets, lora.use_rslora) == (8, 16, ("qkv_proj",), True)
+    assert "20,971,520 parameters will be trained" in panel._message.value
+
+
+def test_the_panel_shows_what_code_has_added(loaded: FakeSession) -> None:
+    panel = LoraPanel(loaded)
+    loaded.add_lora(rank=5, alpha=2.5, targets=("k_proj", "other"))
+    assert panel.values() == {"rank": 5, "alpha": 2.5, "dropout": 0.0, "use_rslora": False, "targets": ("k_proj", "other")}
+    assert LoraPanel(loaded).values() == panel.values()
+    panel.set(targets=ALL_LINEAR)
+    assert panel.values()["targets"] == ALL_LINEAR
+
+
+def test_lora_without_a_model_is_refused(session: FakeSession) -> None:
+    with pytest.raises(ModelError, match="No model is loaded"):
+        LoraPanel(session).click("add")
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+def test_rows_are_read_and_shown_beside_what_is_trained(loaded: FakeSession) -> None:
+    panel = DatasetMapper(loaded)
+    panel.set(source="rows.jsonl", held_out="30", system="Be brief.", too_long="drop")
+    panel.click("read")
+    recipe = DataRecipe(system="Be brief.", too_long="drop")
+    assert loaded.calls[-1] == ("use_data", ("rows.jsonl",), {"recipe": recipe, "held_out": 30})
+    found = inert(panel._found.value).text
+    assert "messages" in found and "40 of 100 (40%)" in found and "Row 3:" in found and "and 8 more" in found
+    view = inert(panel._view.value)
+    assert "⟦plain<|im_end|>⟧" in view.text and '"user": "plain 1"' in view.text and "Row 3 of the source" in view.text
+    assert "⟦trained⟧" in view.text and "mark" in view.tags
+    assert panel.values()["format"] == "messages" and panel.values()["columns"] == {"messages": "messages"}
+
+
+def test_rows_are_stepped_through(loaded: FakeSession) -> None:
+    panel = DatasetMapper(loaded)
+    assert panel._stepper.layout.display == "none"
+    panel.click("read")
+    with pytest.raises(ConfigError, match="nothing to do"):
+        panel.click("previous")
+    panel.click("next")
+    assert panel.values()["row"] == 2 and '"user": "plain 2"' in inert(panel._view.value).text
+    panel.set(row=4)
+    with pytest.raises(ConfigError, match="nothing to do"):
+        panel.click("next")
+    for row in (0, 5, -3, 10**9):
+        with pytest.raises(ConfigError, match="numbered from 1 to 4"):
+            panel.set(row=row)
+        assert panel.values()["row"] in (1, 4)
+
+
+@pytest.mark.parametrize(("said", "value"), [("", None), ("30", 30), ("0.1", 0.1), ("eval.jsonl", "eval.jsonl")])
+def test_held_out_takes_a_number_a_share_or_a_source(loaded: FakeSession, said: str, value: Any) -> None:
+    panel = DatasetMapper(loaded)
+    panel._fields["held_out"].widget.value = said
+    assert panel.values()["held_out"] == value and type(panel.values()["held_out"]) is type(value)
+
+
+def test_the_boxes_of_the_format_are_shown(session: FakeSession) -> None:
+    panel = DatasetMapper(session)
+    assert not [role for role, box in panel._roles.items() if box.layout.display != "none"]
+    panel.set(format="alpaca")
+    assert [role for role, box in panel._roles.items() if box.layout.display != "none"] == ["instruction", "input", "output"]
+    with pytest.raises(ConfigError, match="no role of a column; use instruction"):
+        panel.set(columns={"reply": "x"})
+
+
+def test_a_missing_file_is_a_sentence(loaded: FakeSession) -> None:
+    panel = DatasetMapper(loaded)
+    panel._fields["source"].widget.value = "missing.jsonl"
+    panel._buttons["read"].click()
+    assert "There is no file missing.jsonl" in panel._message.value
+    with pytest.raises(DataError):
+        panel.click("read")
+
+
+def test_the_mapper_shows_what_code_has_read(ready: FakeSession) -> None:
+    panel = DatasetMapper(ready)
+    assert panel.values()["source"] == "sample:ships-log" and "Row 3 of the source" in panel._view.value
+    ready.use_data("other.jsonl", held_out=3)
+    assert panel.values()["source"] == "other.jsonl" and panel.values()["held_out"] == 3
+    ready.data = None
+    ready._changed("model")
+    assert panel._view.value == "" and panel._found.value == ""
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+def test_start_trains_with_the_settings_and_the_plot_moves(ready: FakeSession) -> None:
+    async def main() -> TrainPanel:
+        panel = TrainPanel(ready)
+        panel.set(max_steps=7, learning_rate=1e-3, batch_size=4, schedule="cosine", gradient_checkpointing=False)
+        panel.click("start")
+        assert panel._buttons["start"].disabled and not panel._buttons["stop"].disabled
+        await panel.finished()
+        return panel
+
+    panel = asyncio.run(main())
+    want = TrainConfig(max_steps=7, learning_rate=1e-3, batch_size=4, schedule="cosine", gradient_checkpointing=False)
+    assert ready.calls == [("train", (want,), {})]
+    assert panel.plot.progress.step == 3 and "<svg" in panel.plot._picture.value
+    assert "Trained at step 3 in 0:01; the adapter is in runs/one/adapter." in panel._message.value
+    assert not panel._buttons["start"].disabled and panel._buttons["stop"].disabled
+    assert panel.summary() == "Finished, step 3 of 3 in 0:01"
+
+
+def test_stop_ends_the_run_at_a_step(ready: FakeSession) -> None:
+    async def main() -> TrainPanel:
+        ready.steps = 500
+        panel = TrainPanel(ready)
+        panel.click("start")
+        await asyncio.sleep(0.1)
+        panel._buttons["stop"].click()  # a hand, while the cell awaits
+        assert "Stopping" in panel._message.value and panel._buttons["stop"].disabled
+        await panel.finished()
+        return panel
+
+    panel = asyncio.run(main())
+    assert ready.run is not None and ready.run.status == "stopped"
+    assert 0 < panel.plot.progress.step < 500 and "Stopped at step" in panel._message.value
+
+
+def test_a_run_that_code_started_is_followed_too(ready: FakeSession) -> None:
+    async def main() -> TrainPanel:
+        panel = TrainPanel(ready)
+        await ready.train(TrainConfig(max_steps=9, gradient_checkpointing="unsloth"))
+        return panel
+
+    panel = asyncio.run(main())
+    assert panel.values()["max_steps"] == 9 and panel.values()["gradient_checkpointing"] == "unsloth"
+    assert "Trained at step 3" in panel._message.value and panel.plot.progress.state == "finished"
+    assert "Finished, step 3 of 3" in inert(TrainPanel(ready).plot._picture.value).text
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"), [("model", "No model is loaded"), ("lora", "no adapter yet"), ("tokens", "No token of")]
+)
+def test_start_is_refused_with_what_is_missing(session: FakeSession, missing: str, said: str) -> None:
+    if missing != "model":
+        session.load("a")
+    if missing == "tokens":
+        session.add_lora()
+        session.use_data("x").trained_tokens = 0
+    panel = TrainPanel(session)
+    panel._buttons["start"].click()
+    assert said in panel._message.value and session.run is None
+    with pytest.raises((ModelError, ConfigError, TrainingError), match=said):
+        panel.click("start")
+    with pytest.raises(ConfigError, match="nothing to do"):
+        panel.click("stop")
+
+
+@pytest.mark.parametrize("values", [{"max_steps": 0}, {"batch_size": 0}, {"learning_rate": -1}, {"epochs": 0}, {"schedule": "x"}])
+def test_bad_training_settings_are_sentences(ready: FakeSession, values: dict[str, Any]) -> None:
+    panel = TrainPanel(ready)
+    with pytest.raises(ConfigError):
+        panel.set(**values)
+    assert ready.calls == []
+
+
+def test_a_run_that_fails_is_a_sentence_and_is_raised_in_the_cell(ready: FakeSession) -> None:
+    ready.failure = TrainingError("The disk is full; free 2 GB.")
+
+    async def main(awaited: bool) -> TrainPanel:
+        panel = TrainPanel(ready)
+        panel.click("start")
+        if awaited:
+            await panel.finished()
+        await asyncio.sleep(0.1)
+        return panel
+
+    with pytest.raises(TrainingError, match="disk is full"):
+        asyncio.run(main(awaited=True))
+    panel = asyncio.run(main(awaited=False))
+    assert "The disk is full; free 2 GB." in panel._message.value and isinstance(panel.error, TrainingError)
+    assert not panel._buttons["start"].disabled and panel.plot.progress.state == "failed"
+
+
+# -- chat ------------------------------------------------------------------------------------------
+
+
+def asked(panel: ChatPanel, prompt: str) -> ChatPanel:
+    async def main() -> None:
+        panel.set(prompt=prompt)
+        panel.click("send")
+        await panel.finished()
+
+    asyncio.run(main())
+    return panel
+
+
+def test_both_replies_stand_side_by_side(ready: FakeSession) -> None:
+    panel = asked(ChatPanel(ready), "Who are you?")
+    assert [(call[1], call[2]["adapter"]) for call in ready.calls] == [(("Who are you?",), False), (("Who are you?",), True)]
+    (exchange,) = panel.exchanges
+    assert (exchange.base, exchange.tuned) == ("base plain", "tuned plain")
+    said = inert(panel._talk.value).text
+    assert "Base modelbase plain" in said and "With the adaptertuned plain" in said and "writing" not in said
+
+
+def test_without_an_adapter_there_is_one_reply(loaded: FakeSession) -> None:
+    panel = asked(ChatPanel(loaded), "Who are you?")
+    assert panel.exchanges[0].tuned is None and "With the adapter" not in panel._talk.value
+
+
+def test_the_reply_streams_while_the_loop_goes_on(ready: FakeSession) -> None:
+    ready.said, ready.pause = "word " * 40, 0.01
+
+    async def main() -> tuple[int, set[str]]:
+        panel = ChatPanel(ready)
+        panel.set(prompt="Who?")
+        panel.click("send")
+        ticks, seen = 0, set()
+        while panel.exchanges[0].writing or not ticks:
+            await asyncio.sleep(0.02)
+            ticks += 1
+            seen.add(panel._talk.value)
+        await panel.finished()
+        return ticks, seen
+
+    ticks, seen = asyncio.run(main())
+    assert ticks > 10 and 3 < len(seen) <= ticks
+
+
+def test_a_reply_can_be_stopped(ready: FakeSession) -> None:
+    ready.said, ready.pause = "word " * 400, 0.02
+
+    async def main() -> ChatPanel:
+        panel = ChatPanel(ready)
+        panel.set(prompt="Who?")
+        panel.click("send")
+        await asyncio.sleep(0.25)
+        panel.click("stop")
+        await panel.finished()
+        return panel
+
+    panel = asyncio.run(main())
+    assert 0 < len(panel.exchanges[0].base) < 1000 and panel.exchanges[0].tuned is None
+    assert panel._buttons["stop"].disabled and not panel._buttons["send"].disabled
+
+
+def test_held_out_prompts_are_offered_with_what_is_expected(ready: FakeSession) -> None:
+    panel = ChatPanel(ready)
+    panel.click("example")
+    assert panel.values()["prompt"] == "held plain"
+    asked(panel, "held plain")
+    assert panel.exchanges[0].expected == "plain" and "Expected" in panel._talk.value
+    ready.data = None
+    with pytest.raises(DataError, match="no held-out rows"):
+        panel.click("example")
+
+
+@pytest.mark.parametrize("values", [{"prompt": " \n"}, {"prompt": "a", "max_new_tokens": 0}, {"prompt": "a", "temperature": -1}])
+def test_what_cannot_be_asked_is_refused(ready: FakeSession, values: dict[str, Any]) -> None:
+    panel = ChatPanel(ready)
+    panel.set(**values)
+    with pytest.raises(ConfigError):
+        panel.click("send")
+    assert not panel.exchanges and ready.calls == []
+
+
+def test_chat_without_a_model_is_refused(session: FakeSession) -> None:
+    panel = ChatPanel(session)
+    panel.set(prompt="hi")
+    with pytest.raises(ModelError, match="No model is loaded"):
+        panel.click("send")
+    assert not panel.exchanges and not panel._buttons["send"].disabled
+
+
+def test_a_reply_that_breaks_off_is_a_sentence(ready: FakeSession) -> None:
+    class Broken:
+        def __iter__(self) -> Any:
+            yield "half a "
+            raise ModelError("The model went away.")
+
+    ready.chat = lambda *_, **__: Broken()  # type: ignore[method-assign]
+    panel = ChatPanel(ready)
+    with pytest.raises(ModelError, match="went away"):
+        asked(panel, "hi")
+    assert panel.exchanges[0].base == "half a " and "went away" in panel._message.value
+    assert not panel._buttons["send"].disabled
+
+
+# -- all of them -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("said", CORPUS[::5], ids=lambda said: ascii(said[:20]))
+def test_whatever_the_world_says_is_shown_as_text(tmp_path: Path, said: str) -> None:
+    """Model names, reasons, messages, rows, column names, findings, prompts, replies, errors: in every panel."""
+    session = FakeSession(tmp_path, said=said, failure=TrainingError(said))
+    panels: list[Any] = [kind(session) for kind in PANELS]
+    words = set().union(*(fixed_words(panel.widget) for panel in panels))
+    model, lora, data, training, chat = panels
+
+    async def drive() -> None:
+        name = "named " + said
+        model.set(name=name)
+        model._buttons["load"].click()
+        lora.estimate_for(name)
+        lora.click("add")
+        data.set(source=name, format="alpaca", columns={"output": said}, system=said or None)
+        data.click("read")
+        chat.set(prompt=said or "hi")
+        chat._buttons["send"].click()
+        await asyncio.gather(*chat._tasks)
+        chat.click("example")
+        training.set(optimizer=said)
+        training._buttons["start"].click()
+        await asyncio.gather(*training._tasks)
+        for panel in panels:
+            panel.message(said, "error")
+            panel._show_code.value = True
+
+    asyncio.run(drive())
+    for panel in panels:
+        inert_tree(panel.widget)
+        inert(panel.static_html())
+        assert len(panel.static_html()) < 150_000
+        repr(panel).encode()
+        words |= fixed_words(panel.widget)
+    assert words <= set().union(*(fixed_words(kind(FakeSession(tmp_path)).widget) for kind in PANELS)) | {"Hide code"}
+
+
+def test_every_control_is_labelled(session: FakeSession) -> None:
+    for kind in PANELS:
+        panel = kind(session)
+        for name, field in panel._fields.items():
+            for widget in field.watched:
+                assert widget.description, f"{kind.__name__}.{name}"
+        for button in panel._buttons.values():
+            assert button.description and button.tooltip
+
+
+def test_every_panel_has_a_static_form(ready: FakeSession) -> None:
+    for kind in PANELS:
+        reader = inert(kind(ready).static_html())
+        assert "h3" in reader.tags and kind.title in reader.text
