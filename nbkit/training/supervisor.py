@@ -77,6 +77,11 @@ def wait(run: Run, progress: bool = True, period: float = PERIOD) -> RunFinished
                     raise
                 interrupted = True
                 run.stop()
+                print(
+                    "\nStopping after this step, with a checkpoint. Interrupt again to leave at once.",
+                    file=sys.stderr,
+                    flush=True,
+                )
     finally:
         if bar is not None:
             bar.close()

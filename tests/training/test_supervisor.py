@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import re
 import sys
 import types
 from pathlib import Path
@@ -135,39 +137,79 @@ def test_ipykernel_7_0_is_warned_of_and_gets_text(
 SET_UP = f"""
 import sys, asyncio, tempfile
 sys.path.insert(0, {str(ROOT)!r})
-import torch; torch.set_num_threads(1)
+import ipywidgets, torch; torch.set_num_threads(1)
 from tests.training import rig
 from tests.tiny import tiny_tokenizer
 from nbkit.training import Run
 folder = tempfile.mkdtemp()
 def start(name, model=None, **train):
     return Run(rig.config(folder + "/" + name, **train), model or rig.lora_model(), tiny_tokenizer(), rig.rows())
+def tell(events):
+    print("steps up to", events[-1].step, flush=True)
 """
-STOPPED_FROM_THE_LOOP = """
+STOPPED_BY_THE_LOOP = """
 run = start("one", max_steps=10_000)
-steps = []
-run.subscribe(lambda events: steps.extend(e.step for e in events if e.kind == "step"))
-def press():
-    run.stop() if steps else asyncio.get_running_loop().call_later(0.1, press)
-asyncio.get_running_loop().call_later(0.1, press)
+run.subscribe(lambda events: any(e.kind == "step" for e in events) and asyncio.get_running_loop().call_later(0.1, run.stop))
 result = await run
-print("stopped", result.stopped, run.status, result.step == steps[-1])
+print("ended", result.stopped, run.status, result.step > 0)
+"""
+STOPPED_BY_A_BUTTON = """
+run = start("two", max_steps=10_000)
+button = ipywidgets.Button(description="Stop")
+button.on_click(lambda _: run.stop())
+print("button", button.model_id, flush=True)
+run.subscribe(tell)
+result = await run
+print("ended", result.stopped, run.status, result.step > 0)
+"""
+INTERRUPTED = """
+run = start("three", max_steps=10_000)
+run.subscribe(tell)
+result = await run
+print("ended", result.stopped, run.status, result.step > 0)
 """
 FAILING = """
-await start("two", rig.failing(rig.lora_model(), 3, RuntimeError("the worker broke")))
+await start("four", rig.failing(rig.lora_model(), 3, RuntimeError("the worker broke")))
 """
 
 
-def test_in_a_real_kernel_a_stop_works_while_the_cell_awaits_and_a_failing_worker_fails_the_cell() -> None:
+async def in_a_kernel(client: Any) -> None:
+    async def until(cell: Any, pattern: str) -> str:
+        while not (found := re.search(pattern, printed(cell))):
+            await asyncio.sleep(0.05)
+        return found[1]
+
+    async with client.async_setup_kernel():
+        run = [functools.partial(client.async_execute_cell, cell, index) for index, cell in enumerate(client.nb.cells)]
+        await run[0]()
+        await run[1]()
+        clicked = asyncio.ensure_future(run[2]())
+        comm = await until(client.nb.cells[2], r"button (\w+)")
+        await until(client.nb.cells[2], r"steps up to ([1-9])")
+        data = {"method": "custom", "content": {"event": "click"}}  # as a front end sends it
+        client.kc.shell_channel.send(client.kc.session.msg("comm_msg", {"comm_id": comm, "data": data}))
+        await clicked
+        interrupted = asyncio.ensure_future(run[3]())
+        await until(client.nb.cells[3], r"steps up to ([1-9])")
+        await client.km.interrupt_kernel()
+        await interrupted
+        await run[4]()
+
+
+def printed(cell: Any) -> str:
+    return "".join(output.get("text", "") for output in cell.outputs)
+
+
+def test_in_a_real_kernel_stops_work_while_the_cell_awaits_and_a_failing_worker_fails_the_cell() -> None:
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
-    cells = [nbformat.v4.new_code_cell(source) for source in (SET_UP, STOPPED_FROM_THE_LOOP, FAILING)]
-    notebook = nbformat.v4.new_notebook(cells=cells)
+    sources = (SET_UP, STOPPED_BY_THE_LOOP, STOPPED_BY_A_BUTTON, INTERRUPTED, FAILING)
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
     client = NotebookClient(notebook, timeout=120, kernel_name="python3")
     with pytest.raises(CellExecutionError, match="the worker broke"):
-        client.execute()
-    text = "".join(output.get("text", "") for output in notebook.cells[1].outputs)
-    assert "stopped True stopped True" in text
-    assert notebook.cells[2].outputs[-1]["ename"] == "RuntimeError"
+        asyncio.run(asyncio.wait_for(in_a_kernel(client), 180))
+    for cell in notebook.cells[1:4]:
+        assert "ended True stopped True" in printed(cell), cell.source
+    assert notebook.cells[4].outputs[-1]["ename"] == "RuntimeError"
