@@ -9,10 +9,13 @@ pair (x_i, x_{i+K/2}) by an angle; its backward is the rotation by the negative 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from nbkit.kernels._launch import jit, on_device, power_of_two, tl, use_triton
+from nbkit.kernels._op import Case, KernelOp
 
 
 def rotate_pack_reference(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
@@ -31,44 +34,45 @@ def rotate_pack_reference(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: 
         column += heads * k
 
 
-@triton.jit
+@jit
+def _turn_heads(
+    X, COS, SIN, OUT, x_h, ROTATE: tl.constexpr, HEADS: tl.constexpr, BLOCK_H: tl.constexpr, HALF: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """All heads of one token, from X (heads apart by x_h) to OUT (side by side)."""
+    head = tl.arange(0, BLOCK_H)[:, None]
+    i = tl.arange(0, BLOCK_K)[None, :]
+    ok = (head < HEADS) & (i < HALF)
+    first = tl.load(X + head * x_h + i, mask=ok, other=0.0).to(tl.float32)
+    second = tl.load(X + head * x_h + HALF + i, mask=ok, other=0.0).to(tl.float32)
+    if ROTATE:
+        c1 = tl.load(COS + i, mask=i < HALF, other=0.0).to(tl.float32)
+        s1 = tl.load(SIN + i, mask=i < HALF, other=0.0).to(tl.float32)
+        c2 = tl.load(COS + HALF + i, mask=i < HALF, other=0.0).to(tl.float32)
+        s2 = tl.load(SIN + HALF + i, mask=i < HALF, other=0.0).to(tl.float32)
+        turned = first * c1 + second * s2
+        second = second * c2 - first * s1
+        first = turned
+    place = OUT + head * (2 * HALF) + i
+    tl.store(place, first.to(OUT.dtype.element_ty), mask=ok)
+    tl.store(place + HALF, second.to(OUT.dtype.element_ty), mask=ok)
+
+
+@jit
 def _rotate_pack(
     DQ, DK, DV, COS, SIN, OUT, qb, qh, qt, kb, kh, kt, vb, vh, vt, cb, so, T,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HP: tl.constexpr, GP: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """One program: all heads of dq (axis 1 = 0), dk (1) or dv (2) of one token. cos and sin: (B or 1, T, K)."""
+    """One program: dq (axis 1 = 0), dk (1) or dv (2) of one token. cos and sin: (B or 1, T, K)."""
     n, part = tl.program_id(0), tl.program_id(1)
     b, t = (n // T).to(tl.int64), (n % T).to(tl.int64)
-    i = tl.arange(0, KP)[None, :]
-    half: tl.constexpr = K // 2
-    cs = COS + b * cb + t * K
-    sn = SIN + b * cb + t * K
-    c1, c2 = tl.load(cs + i, mask=i < half, other=0.0).to(tl.float32), tl.load(cs + half + i, mask=i < half, other=0.0).to(tl.float32)
-    s1, s2 = tl.load(sn + i, mask=i < half, other=0.0).to(tl.float32), tl.load(sn + half + i, mask=i < half, other=0.0).to(tl.float32)
+    cos, sin = COS + b * cb + t * K, SIN + b * cb + t * K
     out = OUT + n.to(tl.int64) * so
     if part == 0:
-        h = tl.arange(0, HP)[:, None]
-        ok = (h < H) & (i < half)
-        p = DQ + b * qb + h * qh + t * qt + i
-        x, y = tl.load(p, mask=ok, other=0.0).to(tl.float32), tl.load(p + half, mask=ok, other=0.0).to(tl.float32)
-        o = out + h * K + i
-        tl.store(o, (x * c1 + y * s2).to(OUT.dtype.element_ty), mask=ok)
-        tl.store(o + half, (y * c2 - x * s1).to(OUT.dtype.element_ty), mask=ok)
+        _turn_heads(DQ + b * qb + t * qt, cos, sin, out, qh, True, H, HP, K // 2, KP)
     elif part == 1:
-        h = tl.arange(0, GP)[:, None]
-        ok = (h < G) & (i < half)
-        p = DK + b * kb + h * kh + t * kt + i
-        x, y = tl.load(p, mask=ok, other=0.0).to(tl.float32), tl.load(p + half, mask=ok, other=0.0).to(tl.float32)
-        o = out + (H + h) * K + i
-        tl.store(o, (x * c1 + y * s2).to(OUT.dtype.element_ty), mask=ok)
-        tl.store(o + half, (y * c2 - x * s1).to(OUT.dtype.element_ty), mask=ok)
+        _turn_heads(DK + b * kb + t * kt, cos, sin, out + H * K, kh, True, G, GP, K // 2, KP)
     else:
-        h = tl.arange(0, GP)[:, None]
-        ok = (h < G) & (i < half)
-        p = DV + b * vb + h * vh + t * vt + i
-        o = out + (H + G + h) * K + i
-        tl.store(o, tl.load(p, mask=ok, other=0.0).to(OUT.dtype.element_ty), mask=ok)
-        tl.store(o + half, tl.load(p + half, mask=ok, other=0.0).to(OUT.dtype.element_ty), mask=ok)
+        _turn_heads(DV + b * vb + t * vt, cos, sin, out + (H + G) * K, vh, False, G, GP, K // 2, KP)
 
 
 def rotate_pack(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
@@ -77,13 +81,64 @@ def rotate_pack(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, ou
     dq (B, H, T, K), dk and dv (B, G, T, K), any strides but a contiguous last axis; cos, sin (B or 1, T, K), contiguous;
     out (B*T, >= (H + 2G) K), rows contiguous. Head widths must be even.
     """
-    if not out.is_cuda:
+    if not use_triton(dq, cos, out):
         rotate_pack_reference(dq, dk, dv, cos, sin, out)
         return
     b, h, t, k = dq.shape
     g = dk.shape[1]
-    up = triton.next_power_of_2
-    _rotate_pack[(b * t, 3)](
-        dq, dk, dv, cos, sin, out, *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], cos.stride(0) if cos.shape[0] > 1 else 0,
-        out.stride(0), t, H=h, G=g, K=k, HP=up(h), GP=up(g), KP=up(k // 2), num_warps=4,
-    )  # fmt: skip
+    with on_device(out):
+        _rotate_pack[(b * t, 3)](
+            dq, dk, dv, cos, sin, out, *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
+            cos.stride(0) if cos.shape[0] > 1 else 0, out.stride(0), t,
+            H=h, G=g, K=k, HP=power_of_two(h), GP=power_of_two(g), KP=power_of_two(k // 2), num_warps=4,
+        )  # fmt: skip
+
+
+# -- op --------------------------------------------------------------------------------------------
+
+
+def packed(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(B*T, (H + 2G) K), see `rotate_pack`."""
+    out = dq.new_empty(dq.shape[0] * dq.shape[2], (dq.shape[1] + 2 * dk.shape[1]) * dq.shape[3])
+    rotate_pack(dq, dk, dv, cos, sin, out)
+    return out
+
+
+def reference(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Same in plain torch."""
+    out = dq.new_empty(dq.shape[0] * dq.shape[2], (dq.shape[1] + 2 * dk.shape[1]) * dq.shape[3])
+    rotate_pack_reference(dq, dk, dv, cos, sin, out)
+    return out
+
+
+def _inputs(case: Case, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:
+    make = torch.Generator().manual_seed(seed)
+    b, h, g, t, k = (case.sizes[n] for n in "BHGTK")
+    tokens_first = case.sizes.get("tokens_first")
+    found = {}
+    for name, heads in (("dq", h), ("dk", g), ("dv", g)):
+        x = torch.randn((b, t, heads, k) if tokens_first else (b, heads, t, k), generator=make).to(device, dtype)
+        found[name] = x.transpose(1, 2) if tokens_first else x
+    angle = torch.randn(case.sizes.get("rows", b), t, k, generator=make)
+    return {**found, "cos": angle.cos().to(device, dtype), "sin": angle.sin().to(device, dtype)}
+
+
+OP = KernelOp(
+    name="rope_pack",
+    fn=packed,
+    reference=reference,
+    inputs=_inputs,
+    gradients=(),
+    cases=(
+        Case("odd numbers of heads, heads first", {"B": 2, "H": 3, "G": 1, "T": 5, "K": 12}),
+        Case(
+            "one set of positions for all rows, tokens first",
+            {"B": 3, "H": 4, "G": 2, "T": 7, "K": 16, "tokens_first": 1, "rows": 1},
+        ),
+        Case("one token", {"B": 1, "H": 2, "G": 2, "T": 1, "K": 2}),
+    ),
+    benchmark=(
+        Case("Llama-3.2-1B, 2 x 512", {"B": 2, "H": 32, "G": 8, "T": 512, "K": 64, "tokens_first": 1}),
+        Case("Llama-3.1-8B, 2 x 2048", {"B": 2, "H": 32, "G": 8, "T": 2048, "K": 128, "tokens_first": 1}),
+    ),
+)

@@ -3,7 +3,7 @@
 The layer keeps `out` and the log-sum-exp, so the backward never repeats the forward. All implementations are exact; which one
 runs is decided by capability, dtype, head width, mask and window, and `Attend.why` says it for the report:
 
-    cudnn       Hopper and newer, 16 bits, head width a multiple of 8 and at most 128     (550 against 320 TFLOP/s of flash at T = 8,192)
+    cudnn       Hopper and newer, 16 bits, heads a multiple of 8 and at most 128 wide (T = 8,192: 550 TFLOP/s, flash 320)
     flash       Ampere and Ada; also sliding windows, and shapes seen for the first time (cuDNN builds a plan per shape)
     efficient   a mask that is not causal alone, and Turing and Volta
     plain       everything else: CPU, float64; the formulas below, in float32 or wider
@@ -52,6 +52,8 @@ def choose(q: Tensor, *, scale: float, mask: Tensor | None, window: int | None, 
         window = None
     if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
         return Attend("plain", scale, window, f"{q.device.type} {str(q.dtype).removeprefix('torch.')}")
+    if k % 8:
+        return Attend("plain", scale, window, f"head width {k}")
     if mask is not None:
         return Attend("efficient", scale, None, "a mask that is not causal alone")  # a mask of the model holds its window too
     major, _ = torch.cuda.get_device_capability(q.device)

@@ -46,7 +46,8 @@ def snapshot(module: nn.Module) -> tuple[Any, ...]:
         return (module, None)
     modules, scaling = module._modules, state["scaling"]
     a, b = modules["lora_A"]._modules, modules["lora_B"]._modules
-    return (module, module.training, *((a[n]._parameters["weight"], b[n]._parameters["weight"], scaling[n]) for n in names if n in a))
+    found = ((a[n]._parameters["weight"], b[n]._parameters["weight"], scaling[n]) for n in names if n in a)
+    return (module, module.training, *found)
 
 
 def same(one: tuple[Any, ...], other: tuple[Any, ...] | None) -> bool:
@@ -81,7 +82,7 @@ def terms(module: nn.Module, start: int, stop: int, offset: int, name: str) -> l
             raise Unfit(f"{name} uses a variant of LoRA ({type(module.lora_variant[adapter]).__name__})")
         if getattr(module, "fan_in_fan_out", False):
             raise Unfit(f"{name} has a transposed weight")
-        dropout = module.lora_dropout[adapter] if adapter in module.lora_dropout else None
+        dropout = module.lora_dropout._modules.get(adapter)
         if module.training and getattr(dropout, "p", 0.0) > 0:
             raise Unfit(f"{name} has lora_dropout {dropout.p}")
         a, b = module.lora_A[adapter], module.lora_B[adapter]

@@ -3,7 +3,7 @@
 With W' = W + scale B A, y = x W'^T:    dx = dy W + (dy scale B) A       dA = (dy scale B)^T x       dB = scale dy^T (x A^T)
 Written with the border (weights.py):   [dy | dy scale B] [W ; A] is dx, and the border columns of dy give dA.
 
-`g` is the gradient of the residual stream. It lives in rows of D + R columns, so that it is [dy | ..] for down_proj and o_proj as it
+`g` is the gradient of the residual stream. It lives in rows of D + R columns, so it is [dy | ..] for down_proj and o_proj as it
 stands. Gradients that come from outside are copied into such rows once; from layer to layer the rows are handed on (function.py).
 """
 
@@ -90,7 +90,7 @@ def run(
     sums = {group.name: Gradients(group, len(tiles)) for group in p.groups}
     qkv, xa_qkv, out, state = kept.qkv, kept.xa_qkv, kept.out, kept.attention
     if qkv is None:
-        qkv, xa_qkv = queries_keys_values(call, x, cos, sin, kept.rstd1, again=True)
+        qkv, xa_qkv = queries_keys_values(call, x, cos, sin, None)
     if out is None:
         out, state = attend(call, qkv, mask)
     g_mid = torch.empty_like(g)
@@ -103,16 +103,18 @@ def run(
     fill_border(dqkv, p.qkv, w_qkv)
     for t in tiles:
         h = empty(x, t.stop - t.start, p.d)
-        normed(p, 0, x[t], h, kept.rstd1[t], again=True)
+        normed(p, 0, x[t], h)
         sums["qkv"].add(dqkv[t], h, xa_qkv[t])
         if need_dx:
             dh = input_gradient(dqkv[t], p.qkv, w_qkv, out=h)  # h has been read: its memory takes dh
-            ops.norm_backward(dh, x[t], p.norms[0].weight, kept.rstd1[t], g_mid[t, : p.d], g_mid[t, : p.d])
+            ops.rms_norm_backward(dh, x[t], p.norms[0].weight, kept.rstd1[t], add_to=g_mid[t, : p.d])
     return (g_mid if need_dx else None), [d for group in p.groups for d in sums[group.name].out()]
 
 
-def _mlp_and_o(p: Parts, t: slice, g: Tensor, g_mid: Tensor, x: Tensor, out: Tensor, kept: Kept, sums: dict[str, Gradients]) -> None:
-    """One tile of rows: back through the MLP and its norm into g_mid, the gradient of x_mid; the LoRA gradients of down, gate/up, o."""
+def _mlp_and_o(
+    p: Parts, t: slice, g: Tensor, g_mid: Tensor, x: Tensor, out: Tensor, kept: Kept, sums: dict[str, Gradients]
+) -> None:
+    """One tile of rows: back through the MLP and its norm into g_mid, the gradient of x_mid; LoRA of down, gate/up, o."""
     n = t.stop - t.start
     if kept.mid is None:
         mid, xa_o = empty(x, n, p.d), empty(x, n, p.o.rank)
@@ -122,23 +124,23 @@ def _mlp_and_o(p: Parts, t: slice, g: Tensor, g_mid: Tensor, x: Tensor, out: Ten
     w_gate_up = p.gate_up.weight()
     if kept.gate_up is None:
         gate_up = empty(x, n, 2 * p.f)
-        h = gates(p, mid, kept.rstd2[t], w_gate_up, gate_up, again=True)
+        h = gates(p, mid, None, w_gate_up, gate_up)
         xa = h[:, p.d :]
     else:
         gate_up, xa = kept.gate_up[t], kept.xa_gate_up[t]
         h = empty(x, n, p.d)
-        normed(p, 1, mid, h, kept.rstd2[t], again=True)
+        normed(p, 1, mid, h)
     w_down = p.down.weight()
     dy = fill_border(g, p.down, w_down)
     dh = input_gradient(dy, p.down, w_down)
     dgu = border(2 * p.f, p.gate_up, n, x)
-    ops.swiglu_backward(dh, gate_up[:, : p.f], gate_up[:, p.f :], dgu[:, : p.f], dgu[:, p.f : 2 * p.f])
+    ops.swiglu_backward(dh, gate_up[:, : p.f], gate_up[:, p.f :], dgu[:, : p.f], dgu[:, p.f : 2 * p.f], h=dh)
     sums["down"].add(dy, dh, kept.xa_down[t])  # dh holds h by now
     del dh, gate_up
     fill_border(dgu, p.gate_up, w_gate_up)
     sums["gate_up"].add(dgu, h[:, : p.d], xa)
     d_norm = input_gradient(dgu, p.gate_up, w_gate_up)
-    ops.norm_backward(d_norm, mid, p.norms[1].weight, kept.rstd2[t], g[:, : p.d], g_mid[:, : p.d])
+    ops.rms_norm_backward(d_norm, mid, p.norms[1].weight, kept.rstd2[t], add_to=g[:, : p.d], out=g_mid[:, : p.d])
     dy = fill_border(g_mid, p.o, p.o.weight())
     sums["o"].add(dy, out[t], xa_o)
 

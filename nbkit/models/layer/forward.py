@@ -1,8 +1,8 @@
 """The forward of one decoder layer, straight down. Rows N = B T; `tile` rows at a time where the planner asks for it.
 
-    h = norm1(x)          [q|k|v] = h Wqkv^T + LoRA       q, k = rope(q, k)      out = attention(q, k, v)
-    x_mid = x + out Wo^T + LoRA
-    h = norm2(x_mid)      [gate|up] = h Wgu^T + LoRA      h = silu(gate) up      y = x_mid + h Wd^T + LoRA
+h = norm1(x)          [q|k|v] = h Wqkv^T + LoRA       q, k = rope(q, k)      out = attention(q, k, v)
+x_mid = x + out Wo^T + LoRA
+h = norm2(x_mid)      [gate|up] = h Wgu^T + LoRA      h = silu(gate) up      y = x_mid + h Wd^T + LoRA
 """
 
 from __future__ import annotations
@@ -79,29 +79,25 @@ def heads(call: Call, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x[:, : p.h], x[:, p.h : p.h + p.g], x[:, p.h + p.g :]
 
 
-def queries_keys_values(call: Call, x: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor, again: bool) -> tuple[Tensor, Tensor]:
-    """x (N, D) -> rows [q | k | v], q and k rotated, and LoRA's products. `again`: rstd is there already."""
+def queries_keys_values(call: Call, x: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x (N, D) -> rows [q | k | v], q and k rotated, and LoRA's products."""
     p, n = call.parts, call.rows
     weight = p.qkv.weight()
     qkv = torch.empty(n, p.qkv.outputs, dtype=x.dtype, device=x.device)
     xa = torch.empty(n, p.qkv.rank, dtype=x.dtype, device=x.device)
     for t in call.keep.tiles(n):
         h = border(p.d, p.qkv, t.stop - t.start, x)
-        normed(p, 0, x[t], h, rstd[t], again)
+        normed(p, 0, x[t], h, None if rstd is None else rstd[t])
         project(h, p.qkv, weight, out=qkv[t])
         xa[t] = h[:, p.d :]
     turn = qkv[:, : (p.h + p.g) * p.k].unflatten(0, (call.batch, call.tokens)).unflatten(2, (p.h + p.g, p.k))
-    ops.rope_(turn, cos, sin)
+    ops.rope_rotate_(turn, cos, sin)
     return qkv, xa
 
 
-def normed(p: Parts, which: int, x: Tensor, h: Tensor, rstd: Tensor, again: bool) -> None:
-    """norm(x) into the first D columns of h; computes rstd unless `again`."""
-    weight = p.norms[which].weight
-    if again:
-        ops.norm_again(x, weight, rstd, h[:, : p.d])
-    else:
-        ops.norm_forward(x, weight, p.eps, h[:, : p.d], rstd)
+def normed(p: Parts, which: int, x: Tensor, h: Tensor, rstd: Tensor | None = None) -> None:
+    """norm(x) into the first D columns of h, and 1 / rms of each row into `rstd` where the forward wants it."""
+    ops.rms_norm_forward(x, p.norms[which].weight, p.eps, out=h[:, : p.d], rstd=rstd)
 
 
 def attend(call: Call, qkv: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -122,10 +118,10 @@ def middle(p: Parts, x: Tensor, out: Tensor, weight: Tensor, mid: Tensor, xa: Te
         mid.add_(p.o.bias)
 
 
-def gates(p: Parts, mid: Tensor, rstd: Tensor, weight: Tensor, out: Tensor, again: bool) -> Tensor:
+def gates(p: Parts, mid: Tensor, rstd: Tensor | None, weight: Tensor, out: Tensor) -> Tensor:
     """Rows [gate | up] into `out`; returns h, whose last columns are LoRA's products."""
     h = border(p.d, p.gate_up, mid.shape[0], mid)
-    normed(p, 1, mid, h, rstd, again)
+    normed(p, 1, mid, h, rstd)
     project(h, p.gate_up, weight, out=out)
     return h
 
@@ -139,7 +135,7 @@ def run(call: Call, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) ->
     p, keep, n = call.parts, call.keep, call.rows
     stats = torch.empty(2, n, dtype=ops.wide(x.dtype), device=x.device)
     kept = Kept(stats[0], stats[1], empty(x, n, p.down.rank))
-    qkv, xa_qkv = queries_keys_values(call, x, cos, sin, kept.rstd1, again=False)
+    qkv, xa_qkv = queries_keys_values(call, x, cos, sin, kept.rstd1)
     out, state = attend(call, qkv, mask)
     if keep.qkv:
         kept.qkv, kept.xa_qkv = qkv, xa_qkv
@@ -158,7 +154,7 @@ def run(call: Call, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) ->
         xa_o = kept.xa_o[t] if kept.xa_o is not None else empty(x, rows, p.o.rank)
         middle(p, x[t], out[t], w_o, mid, xa_o)
         gate_up = kept.gate_up[t] if kept.gate_up is not None else empty(x, rows, 2 * p.f)
-        h = gates(p, mid, kept.rstd2[t], w_gate_up, gate_up, again=False)
+        h = gates(p, mid, kept.rstd2[t], w_gate_up, gate_up)
         if kept.xa_gate_up is not None:
             kept.xa_gate_up[t] = h[:, p.d :]
         del h

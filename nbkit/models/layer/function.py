@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nbkit.kernels._launch import as_rows
 from nbkit.models.layer import backward, forward
 from nbkit.models.layer.forward import Call, Kept
 
@@ -55,7 +56,7 @@ class LayerFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, call: Call, rows: GradientRows, *params: Tensor
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # dtypes are the weights' own; autocast would mix them
-            y, kept = forward.run(call, x.reshape(call.rows, -1), cos, sin, mask)
+            y, kept = forward.run(call, as_rows(x), cos, sin, mask)
         ctx.call, ctx.gradient_rows = call, rows
         ctx.terms = [group.terms for group in call.parts.groups]
         ctx.save_for_backward(x, cos, sin, mask, *params, *kept.attention, *(getattr(kept, name) for name in _SINGLE))
@@ -76,7 +77,7 @@ class LayerFunction(torch.autograd.Function):
         width = p.d + max(p.o.rank, p.down.rank)
         with torch.autocast(x.device.type, enabled=False):
             g = ctx.gradient_rows.receive(dy, call.rows, width)
-            g, grads = backward.run(call, g, x.reshape(call.rows, -1), cos, sin, mask, kept, need_dx)
+            g, grads = backward.run(call, g, as_rows(x), cos, sin, mask, kept, need_dx)
             dx = ctx.gradient_rows.hand(g, call.batch, p.d) if g is not None else None
         wanted = ctx.needs_input_grad[6:]
         return (dx, None, None, None, None, None, *(d if w else None for d, w in zip(grads, wanted, strict=True)))

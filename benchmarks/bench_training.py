@@ -1,0 +1,291 @@
+"""Training steps per second of a whole model: nbkit against transformers + PEFT, same weights, same batches, interleaved.
+
+usage: python benchmarks/bench_training.py ROW... [--out FILE.csv] [--arms nbkit,stock] [--rounds 3] [--steps 4] [--profile]
+ROW is MODEL:WEIGHTS:BATCH:TOKENS[:rRANK][:LEVEL], for example 8b:nf4:2x2048 or 1b:bf16:2x512:r32:L4.
+
+Weights are random at the true shapes of Llama-3.1-8B and Llama-3.2-1B. A timed step has a fresh batch of random tokens, all
+labelled, and includes clipping and the optimizer (torch's fused AdamW), in the same plain loop for every arm. Before timing, both
+arms take the same batch from the same adapter: their losses and gradient norms stand beside the speeds. Peaks are
+torch.cuda.max_memory_allocated over the arm's rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+SHAPES = {
+    "8b": dict(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, tie_word_embeddings=False
+    ),
+    "1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, tie_word_embeddings=True),
+    "toy": dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=8, tie_word_embeddings=False),
+}
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def build(name: str, weights: str, rank: int) -> torch.nn.Module:
+    """A random model on the GPU, NF4 (double quantisation) or bf16, with LoRA in float32 on all seven linears, B not zero."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    rope = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+    config = LlamaConfig(
+        vocab_size=128256, max_position_embeddings=131072, rms_norm_eps=1e-5, num_key_value_heads=8, pad_token_id=2,
+        rope_parameters=dict(rope, original_max_position_embeddings=8192), **SHAPES[name],
+    )  # fmt: skip
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(before)
+    if weights == "nf4":
+        to_nf4(model.model)
+    model.requires_grad_(False)
+    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    for n, p in model.named_parameters():
+        if "lora_B" in n:
+            p.data.normal_(0, 0.01)
+    return model.train()
+
+
+def to_nf4(module: torch.nn.Module) -> None:
+    import bitsandbytes as bnb
+
+    for name, child in list(module.named_children()):
+        if isinstance(child, torch.nn.Linear):
+            with torch.device("meta"):
+                new = bnb.nn.Linear4bit(
+                    child.in_features, child.out_features, False, compute_dtype=torch.bfloat16, quant_type="nf4"
+                )
+            data, state = bnb.functional.quantize_4bit(child.weight.data, quant_type="nf4", compress_statistics=True)
+            new.weight = bnb.nn.Params4bit(
+                data,
+                requires_grad=False,
+                quant_state=state,
+                quant_type="nf4",
+                compress_statistics=True,
+                bnb_quantized=True,
+                module=new,
+            )
+            new.quant_state = state
+            child.weight = None
+            setattr(module, name, new)
+        else:
+            to_nf4(child)
+
+
+class Nbkit:
+    """The patched model, as `nbkit.patch` leaves it."""
+
+    name = "nbkit"
+
+    def __init__(self, level: int | None) -> None:
+        self.level = level
+
+    def enter(self, model: torch.nn.Module) -> None:
+        from types import MethodType, SimpleNamespace
+
+        from nbkit.families import find
+        from nbkit.kernels.linear_cross_entropy import linear_cross_entropy
+        from nbkit.models.layer import Keep, bind
+
+        causal = model.get_base_model()
+        self.binding = bind(causal, find("llama"))
+        if self.level is not None:
+            self.binding.keep = Keep(self.level)
+
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            h = self.model(input_ids).last_hidden_state
+            target = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+            return SimpleNamespace(loss=linear_cross_entropy(h.flatten(0, 1), self.lm_head.weight, target.flatten()))
+
+        causal.forward = MethodType(forward, causal)
+
+    def leave(self, model: torch.nn.Module) -> None:
+        print("HOW", self.binding.how, self.binding.reasons)
+        del model.get_base_model().forward
+        self.binding.release()
+
+
+class Stock:
+    """transformers + PEFT, sdpa; without checkpointing, or with it where the row names a level from 1 up."""
+
+    name = "stock"
+
+    def __init__(self, level: int | None) -> None:
+        self.checkpointed = bool(level)
+
+    def enter(self, model: torch.nn.Module) -> None:
+        if self.checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+
+    def leave(self, model: torch.nn.Module) -> None:
+        if self.checkpointed:
+            model.gradient_checkpointing_disable()
+            model.disable_input_require_grads()
+
+
+def step(model, optimizer, ids) -> tuple[torch.Tensor, torch.Tensor]:
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach(), norm
+
+
+def timed(model, optimizer, make, steps: int, vocab: int, shape: tuple[int, int]) -> list[float]:
+    seconds = []
+    for _ in range(steps):
+        ids = torch.randint(3, vocab - 1, shape, device="cuda", generator=make)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step(model, optimizer, ids)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def parity(model, ids) -> tuple[float, float, torch.Tensor]:
+    """Loss, gradient norm and the gradients in one vector, on the CPU."""
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    flat = torch.cat([p.grad.float().reshape(-1) for p in model.parameters() if p.requires_grad]).cpu()
+    model.zero_grad(set_to_none=True)
+    return float(loss), float(flat.norm()), flat
+
+
+def run_row(row: str, arms: list[str], rounds: int, steps: int, profile: bool) -> list[dict]:
+    name, weights, sizes, *options = row.split(":")
+    batch, tokens = (int(n) for n in sizes.split("x"))
+    rank = next((int(o[1:]) for o in options if o[0] == "r"), 16)
+    level = next((int(o[1:]) for o in options if o[0] == "L"), None)
+    model = build(name, weights, rank)
+    vocab = model.config.vocab_size
+    chosen = [arm(level) for arm in (Stock, Nbkit) if arm.name in arms]
+    make = torch.Generator("cuda").manual_seed(1)
+    ids = torch.randint(3, vocab - 1, (batch, tokens), device="cuda", generator=make)
+    results, truth = {}, None
+    for arm in chosen:
+        with entered(arm, model):
+            for _ in range(2):
+                loss, norm, flat = parity(model, ids)  # the second run takes the attention that a repeated shape gets
+        truth = flat if truth is None else truth
+        difference = float((flat - truth).norm() / truth.norm())
+        results[arm.name] = dict(
+            row=row, arm=arm.name, loss=round(loss, 5), grad_norm=round(norm, 6), grad_difference=round(difference, 5)
+        )
+        del flat
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    seconds: dict[str, list[float]] = {arm.name: [] for arm in chosen}
+    for round_ in range(rounds):
+        for arm in chosen:
+            gc.collect()
+            torch.cuda.empty_cache()
+            with entered(arm, model):
+                timed(model, optimizer, make, 2, vocab, (batch, tokens))  # warm-up of this round
+                torch.cuda.reset_peak_memory_stats()
+                seconds[arm.name] += timed(model, optimizer, make, steps, vocab, (batch, tokens))
+                results[arm.name]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+                if profile and round_ == rounds - 1:
+                    show_profile(model, optimizer, ids, f"{row} {arm.name}")
+    for arm in chosen:
+        t = statistics.median(seconds[arm.name])
+        results[arm.name].update(ms=round(t * 1e3, 2), tok_s=round(batch * tokens / t), steps=len(seconds[arm.name]))
+        spread = sorted(seconds[arm.name])
+        results[arm.name]["p90_ms"] = round(spread[int(0.9 * (len(spread) - 1))] * 1e3, 2)
+    return list(results.values())
+
+
+class entered:  # noqa: N801  (reads as a keyword)
+    def __init__(self, arm, model) -> None:
+        self.arm, self.model = arm, model
+
+    def __enter__(self) -> None:
+        self.arm.enter(self.model)
+
+    def __exit__(self, *_) -> None:
+        self.arm.leave(self.model)
+
+
+def show_profile(model, optimizer, ids, title: str) -> None:
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    with profiled(activities=[ProfilerActivity.CUDA]) as seen:
+        step(model, optimizer, ids)
+        torch.cuda.synchronize()
+    table = seen.key_averages()
+    total = sum(e.self_device_time_total for e in table)
+    print(f"PROFILE {title}: {total / 1e3:.1f} ms of device time, {sum(e.count for e in table)} launches")
+    for e in sorted(table, key=lambda e: -e.self_device_time_total)[:22]:
+        print(f"  {e.self_device_time_total / 1e3:8.2f} ms {e.count:5d} x {e.key[:110]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="+")
+    parser.add_argument("--arms", default="stock,nbkit")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", default="")
+    parser.add_argument("--profile", action="store_true")
+    given = parser.parse_args()
+    where = dict(commit=given.commit or commit(), gpu=torch.cuda.get_device_name(), date=time.strftime("%Y-%m-%d"), **versions())
+    rows = []
+    for row in given.rows:
+        start = time.perf_counter()
+        with nullcontext():
+            try:
+                found = run_row(row, given.arms.split(","), given.rounds, given.steps, given.profile)
+            except torch.cuda.OutOfMemoryError as error:
+                found = [dict(row=row, arm=given.arms, error=str(error)[:160])]
+        for result in found:
+            print("RESULT", result, flush=True)
+            rows.append({**result, **where})
+        print(f"({row}: {time.perf_counter() - start:.0f} s)", flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        if given.out:
+            write(given.out, rows)
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    fields = list(dict.fromkeys(k for row in rows for k in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, fields)
+        table.writeheader()
+        table.writerows(rows)
+
+
+def commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {
+        "python": platform.python_version(),
+        **{n: version(n) for n in ("torch", "triton", "transformers", "peft", "bitsandbytes")},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The gpu-marked tests and the tables, on a machine with a CUDA device. Results and logs go to $OUT (default benchmarks/results).
+# usage: benchmarks/gpu.sh tests | kernels | training ROW...      wheels in .whl, where there are any, are installed first
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-benchmarks/results}
+mkdir -p "$OUT"
+if [ -d .whl ] && [ ! -d /tmp/site ]; then
+  python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target /tmp/site .whl/*.whl || exit 1
+fi
+[ -d /tmp/site ] && export PYTHONPATH=/tmp/site
+export PYTHONPATH=$PWD:${PYTHONPATH:-} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+export PYTORCH_ALLOC_CONF=expandable_segments:True
+what=$1
+shift
+case $what in
+  tests) timeout 400 python3 -m pytest -q -m gpu -p no:cacheprovider "${@:-tests}" 2>&1 | tee "$OUT/tests.log" | tail -60 ;;
+  kernels) timeout 200 python3 benchmarks/bench_kernels.py "$@" 2>&1 | tee "$OUT/kernels.log" | tail -60 ;;
+  training) timeout 560 python3 benchmarks/bench_training.py "$@" --out "$OUT/training.csv" 2>&1 | tee "$OUT/training.log" | tail -120 ;;
+esac

@@ -1,0 +1,140 @@
+"""The fused layer on a GPU: bf16, fp16 and NF4 against fp32 truth, each attention implementation, kernels really launched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nbkit.kernels.nf4 import Nf4, dequantize_nf4
+from nbkit.models.layer import Keep
+from tests.models.layer.rig import TARGETS, batch, fill, step
+from tests.models.layer.test_layer import bound
+
+pytestmark = pytest.mark.gpu
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+
+
+def lora_on_gpu(family="llama", dtype=torch.float32, four_bit=False, **options):
+    """A toy model on the GPU with LoRA in float32."""
+    import bitsandbytes as bnb
+    from peft import LoraConfig, get_peft_model
+
+    from tests.tiny import tiny_model
+
+    model = tiny_model(family, **{**SIZES, **options}).to(dtype).cuda()
+    if four_bit:
+        for _, parent in list(model.model.named_modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, torch.nn.Linear):
+                    new = bnb.nn.Linear4bit(
+                        child.in_features, child.out_features, child.bias is not None, compute_dtype=dtype, quant_type="nf4"
+                    )
+                    new.weight = bnb.nn.Params4bit(child.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+                    if child.bias is not None:
+                        new.bias.data = child.bias.data.clone()
+                    setattr(parent, name, new.cuda())
+    for p in model.parameters():
+        p.requires_grad_(False)
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=12, target_modules=TARGETS))
+    fill(model)
+    return model.train()
+
+
+def on_gpu(**options):
+    return {k: v.cuda() for k, v in batch(**options).items()}
+
+
+def compare(model, truth, inputs, keep=None, steps=2):
+    """Fused and stock errors against the fp32 truth; the fused path may not be much worse than the stock one."""
+    true_loss, true_grads = step(truth, **inputs)
+    stock_loss, stock = step(model, **inputs)
+    binding = bound(model, keep)
+    for _ in range(steps):  # the first batch of a shape runs flash, the next cuDNN
+        fused_loss, fused = step(model, **inputs)
+        assert binding.reasons == {}
+        for name, t in true_grads.items():
+            size = t.norm().clamp(min=1e-12)
+            mine, theirs = float((fused[name] - t).norm() / size), float((stock[name] - t).norm() / size)
+            assert mine <= 2 * theirs + 1e-2, f"{name}: {mine:.4f}, stock {theirs:.4f}"
+        assert abs(fused_loss - true_loss) <= 2 * abs(stock_loss - true_loss) + 1e-2
+    how = set(binding.how)
+    binding.release()
+    return how
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_16_bits(family, dtype):
+    truth = lora_on_gpu(family)
+    model = lora_on_gpu(family, dtype)
+    truth.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
+    for padded in (False, True):
+        compare(model, truth, on_gpu(tokens=77, padded=padded))
+
+
+@pytest.mark.parametrize("keep", [Keep(0, 32), Keep(1), Keep(2, 50), Keep(3), Keep(4), Keep(4, 64)], ids=str)
+def test_levels_and_tiles(keep):
+    truth, model = lora_on_gpu(), lora_on_gpu(dtype=torch.bfloat16)
+    truth.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
+    assert any("cudnn" in h or "flash" in h for h in compare(model, truth, on_gpu(tokens=77), keep))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nf4(dtype):
+    import bitsandbytes as bnb
+
+    model = lora_on_gpu(dtype=dtype, four_bit=True)
+    truth = lora_on_gpu()
+    state = {}
+    for name, p in model.named_parameters():
+        full = bnb.functional.dequantize_4bit(p.data, p.quant_state) if hasattr(p, "quant_state") else p.data
+        state[name] = full.float()
+    truth.load_state_dict(state, strict=False)
+    for keep in (None, Keep(4), Keep(2, 40)):
+        compare(model, truth, on_gpu(tokens=77), keep)
+
+
+def test_left_padding_takes_the_masked_kernel():
+    truth, model = lora_on_gpu(), lora_on_gpu(dtype=torch.bfloat16)
+    truth.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
+    inputs = on_gpu(tokens=45)
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[0, :7] = 0
+    inputs["attention_mask"], inputs["labels"] = mask, inputs["labels"].masked_fill(mask == 0, -100)
+    inputs["labels"][0, 7] = -100
+    assert any(h.startswith("efficient") for h in compare(model, truth, inputs))
+
+
+@pytest.mark.parametrize("shape", [(96, 128), (5, 5440), (1024, 4096), (3, 64)])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dequantisation_is_bit_equal_to_bitsandbytes(shape, nested, dtype):
+    import bitsandbytes as bnb
+
+    weight = torch.randn(shape, device="cuda", dtype=dtype)
+    packed = bnb.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=nested).cuda()
+    out = torch.full((shape[0], shape[1] + 16), float("nan"), device="cuda", dtype=dtype)
+    dequantize_nf4(Nf4.of(packed), out)
+    truth = bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
+    assert torch.equal(out[:, : shape[1]], truth) and out[:, shape[1] :].isnan().all()
+
+
+def test_a_step_launches_the_kernels_it_claims():
+    from torch.profiler import ProfilerActivity, profile
+
+    model = lora_on_gpu(dtype=torch.bfloat16, four_bit=True)
+    binding = bound(model)
+    inputs = on_gpu(tokens=64)
+    for _ in range(2):
+        step(model, **inputs)
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        step(model, **inputs)
+        torch.cuda.synchronize()
+    counts = {}
+    for event in seen.events():
+        counts[event.name] = counts.get(event.name, 0) + 1
+    layers = 2
+    # Two uses of seven weights a layer, less those of the last layer that the backward still finds in the scratch.
+    assert counts["_dequantize_rows"] == layers * 7 * 2 - 7
+    assert counts["_rotate_pack"] == layers and counts["_rotate_kernel"] == layers
+    binding.release()
