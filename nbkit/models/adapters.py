@@ -30,8 +30,8 @@ def add_lora(model: Any, lora: LoraConfig) -> Any:
         from peft import LoraConfig as PeftLoraConfig
         from peft import get_peft_model
 
+    check_targets(model, lora.targets)  # first, so that a refusal leaves an adapter that is there as it was
     model = _bare(model)
-    check_targets(model, lora.targets)
     alpha = lora.rank if lora.alpha is None else lora.alpha
     config = PeftLoraConfig(
         r=lora.rank,
@@ -76,6 +76,9 @@ def check_targets(model: Any, targets: tuple[str, ...]) -> None:
     linear: dict[str, list[str]] = {}
     others: dict[str, str] = {}
     for path, module in model.named_modules():
+        if ".lora_" in path:
+            continue
+        path = path.removesuffix(".base_layer")  # of a module that has an adapter already
         last = path.rpartition(".")[2]
         if isinstance(module, torch.nn.Linear):
             linear.setdefault(last, []).append(path)

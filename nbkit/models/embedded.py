@@ -67,11 +67,16 @@ def fetch(progress: bool = True) -> Path:
 def _staging() -> Iterator[Path]:
     """A temporary folder beside the cache, so that moving its content there is one rename; always removed."""
     home = models_cache()
-    home.mkdir(parents=True, exist_ok=True)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".partial-", dir=home))
+    except OSError as error:
+        raise ModelError(
+            f"The cache folder {home} cannot be written ({error.strerror}); set its rights, or XDG_CACHE_HOME."
+        ) from error
     for left in home.glob(".partial-*"):  # of a process that was killed
         if time.time() - left.stat().st_mtime > STALE_SECONDS:
             shutil.rmtree(left, ignore_errors=True)
-    staging = Path(tempfile.mkdtemp(prefix=".partial-", dir=home))
     try:
         yield staging
     finally:
