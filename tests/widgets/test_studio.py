@@ -121,16 +121,16 @@ def test_without_a_session_it_makes_one(tmp_path: Path, monkeypatch: pytest.Monk
 
 SCRIPT = """
 import asyncio, sys
-sys.path[:0] = sys.argv[1:2]
+sys.path[:0] = sys.argv[1:3]
 import IPython, ipywidgets
 assert ipywidgets.__version__ == "7.7.1" and IPython.__version__ == "7.34.0"
 from pathlib import Path
-from tests.widgets.fake import FakeSession
+from fake import FakeSession
 from nbkit.widgets import LivePlot
 from nbkit.widgets.studio import Studio
 
 async def main():
-    shown = Studio(FakeSession(Path(sys.argv[2])))
+    shown = Studio(FakeSession(Path(sys.argv[3])))
     for button in ("model.load", "lora.add", "data.read"):
         shown.click(button)
     shown.training.set(max_steps=5, schedule="cosine")
@@ -153,4 +153,4 @@ def test_all_panels_work_with_colabs_ipywidgets(tmp_path: Path) -> None:
     python = empty_venv(tmp_path / "venv")
     pip(python, "install", "--quiet", "ipywidgets==7.7.1", "ipykernel==6.17.1", "ipython==7.34.0", "psutil", "nvidia-ml-py")
     borrow(python)
-    assert run(python, "-c", SCRIPT, ROOT, tmp_path, cwd=tmp_path).strip().endswith("tuned plain")
+    assert run(python, "-c", SCRIPT, ROOT, Path(__file__).parent, tmp_path, cwd=tmp_path).strip().endswith("tuned plain")
