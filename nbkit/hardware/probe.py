@@ -164,13 +164,14 @@ def cgroup_limits(root: Path = CGROUP, membership: Path = Path("/proc/self/cgrou
 def _cgroup_folders(root: Path, membership: Path) -> list[tuple[Path, str, str, str]]:
     v2 = ("memory.max", "memory.current", "inactive_file")
     v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-    places: list[tuple[Path, str, str, str]] = [(root, *v2), (root / "memory", *v1)]
+    folders = [(root, v2), (root / "memory", v1)]
     for line in membership.read_text().splitlines() if membership.is_file() else ():
         number, controllers, path = line.split(":", 2)
         if number == "0" or "memory" in controllers.split(","):
             base, names = (root, v2) if number == "0" else (root / "memory", v1)
             parts = [part for part in path.split("/") if part not in ("", "..")]
-            places += [(base.joinpath(*parts[: i + 1]), *names) for i in range(len(parts))]
+            folders += [(base.joinpath(*parts[: i + 1]), names) for i in range(len(parts))]
+    places = [(folder, limit, used, cache) for folder, (limit, used, cache) in folders]
     return [place for place in places if (place[0] / place[1]).is_file()]
 
 

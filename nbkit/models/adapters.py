@@ -33,12 +33,12 @@ def add_lora(model: Any, lora: LoraConfig) -> Any:
     check_targets(model, lora.targets)  # first, so that a refusal leaves an adapter that is there as it was
     model = _bare(model)
     alpha = lora.rank if lora.alpha is None else lora.alpha
+    # PEFT declares alpha as int and takes any number: the scale is alpha / r.
+    numbers: Any = {"r": lora.rank, "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha, "bias": lora.bias}
     config = PeftLoraConfig(
-        r=lora.rank,
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+        **numbers,
         lora_dropout=lora.dropout,
         target_modules=list(lora.targets),
-        bias=lora.bias,
         use_rslora=lora.use_rslora,
         task_type="CAUSAL_LM",
     )
@@ -57,7 +57,7 @@ def _bare(model: Any) -> Any:
 
     if not isinstance(model, PeftModel):
         return model
-    if any(config.bias != "none" for config in model.peft_config.values()):
+    if any(getattr(config, "bias", "none") != "none" for config in model.peft_config.values()):
         raise ModelError("The adapter on this model may have trained the base's biases, so it cannot be replaced; load it again.")
     from nbkit.models.patch import unpatch
 

