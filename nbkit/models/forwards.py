@@ -1,0 +1,202 @@
+"""The forwards that `nbkit.patch` binds to module instances, one for each kind of module.
+
+Each takes what transformers' own forward takes and gives what it gives, with nbkit's kernels inside. A module that carries
+no `MARK` (any more) runs its class's own forward: so `unpatch` holds even where another library has wrapped these since.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from nbkit.config import IGNORE_INDEX
+from nbkit.families import Family
+from nbkit.kernels.linear_cross_entropy import linear_cross_entropy
+from nbkit.kernels.rms_norm import rms_norm
+from nbkit.kernels.rope import rope
+from nbkit.kernels.swiglu import swiglu
+from nbkit.models.outputs import LossOutput
+
+MARK = "_nbkit_family"  # instance attribute: the family whose facts the bound forward reads
+FORWARDS: dict[str, Callable[..., Any]] = {}  # by the name of the op
+
+
+def _binds(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def keep(fn: Callable[..., Any]) -> Callable[..., Any]:
+        fn.__name__ = "forward"  # a bound method is pickled as its object and this name: a pickled model loads as a stock one
+        FORWARDS[op] = fn
+        return fn
+
+    return keep
+
+
+def bind(module: nn.Module, op: str, family: Family) -> None:
+    """Bind the forward of `op` to this instance. What it was before is the class's own forward, so nothing is to be kept."""
+    vars(module)[MARK] = family
+    vars(module)["forward"] = MethodType(FORWARDS[op], module)
+
+
+def unbind(module: nn.Module) -> None:
+    """Give the instance its class's forward back; nothing happens to a module that was not bound."""
+    if vars(module).pop(MARK, None) is not None and is_bound(module):
+        del vars(module)["forward"]
+
+
+def is_bound(module: nn.Module) -> bool:
+    """True if the instance's forward is one of these."""
+    return getattr(vars(module).get("forward"), "__func__", None) in FORWARDS.values()
+
+
+@_binds("rms_norm")
+def norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """RMSNorm."""
+    family: Family | None = vars(self).get(MARK)
+    if family is None:
+        return type(self).forward(self, hidden_states)
+    facts = family.norm
+    return rms_norm(hidden_states, self.weight, getattr(self, facts.eps), offset=facts.offset, cast=facts.cast)
+
+
+@_binds("swiglu")
+def mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """down(silu(gate(x)) * up(x))."""
+    family: Family | None = vars(self).get(MARK)
+    if family is None:
+        return type(self).forward(self, x)
+    facts = family.mlp
+    return getattr(self, facts.down)(swiglu(getattr(self, facts.gate)(x), getattr(self, facts.up)(x)))
+
+
+@_binds("rope")
+def attention(
+    self: Any,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    attention_mask: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention with nbkit's rope. Scores, masks and caches are transformers' own, through its table of implementations."""
+    family: Family | None = vars(self).get(MARK)
+    if family is None or position_embeddings is None:
+        return type(self).forward(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+    facts = family.attention
+    lead = hidden_states.shape[:-1]
+    heads = (*lead, -1, self.head_dim)
+    cos, sin = position_embeddings
+    q = rope(getattr(self, facts.q)(hidden_states).view(heads), cos, sin).transpose(1, 2)
+    k = rope(getattr(self, facts.k)(hidden_states).view(heads), cos, sin).transpose(1, 2)
+    v = getattr(self, facts.v)(hidden_states).view(heads).transpose(1, 2)
+    if past_key_values is not None:
+        k, v = past_key_values.update(k, v, self.layer_idx)
+    if facts.window == "all":
+        kwargs["sliding_window"] = getattr(self.config, "sliding_window", None)
+    elif facts.window == "layer_types":
+        kwargs["sliding_window"] = self.sliding_window
+    eager = sys.modules[type(self).__module__].eager_attention_forward
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+    dropout = self.attention_dropout if self.training else 0.0
+    mixed, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+    return getattr(self, facts.o)(mixed.reshape(*lead, -1).contiguous()), weights
+
+
+@_binds("linear_cross_entropy")
+def causal_lm(
+    self: Any,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    inputs_embeds: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    use_cache: bool | None = None,
+    logits_to_keep: int | torch.Tensor = 0,
+    **kwargs: Any,
+) -> Any:
+    """With labels: the loss of the labelled rows alone, and logits only if somebody reads them. Without: the stock forward."""
+    family: Family | None = vars(self).get(MARK)
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "past_key_values": past_key_values,
+        "inputs_embeds": inputs_embeds,
+        "use_cache": use_cache,
+    }
+    all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
+    own_loss = self.loss_function is ForCausalLMLoss and kwargs.get("ignore_index", IGNORE_INDEX) == IGNORE_INDEX
+    if family is None or labels is None or not all_logits or not own_loss:
+        return type(self).forward(self, **inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+    return_dict = kwargs.pop("return_dict", None)
+    outputs = self.get_submodule(family.decoder.base)(**inputs, **kwargs)
+    hidden = outputs.last_hidden_state
+    targets = kwargs.get("shift_labels")
+    if targets is None:  # tokens before n predict n
+        targets = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
+    loss = head_loss(self, family, hidden, targets, kwargs.get("num_items_in_batch"))
+    made = LossOutput(
+        loss=loss,
+        past_key_values=outputs.past_key_values,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+    )
+    made.attach(lambda: _logits(self, family, hidden), listed=not self.training)
+    wanted = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+    return made if wanted else made.to_tuple()
+
+
+def head_loss(
+    model: nn.Module, family: Family, hidden: torch.Tensor, targets: torch.Tensor, num_items: float | torch.Tensor | None
+) -> torch.Tensor:
+    """Mean cross-entropy of the rows of hidden (B, T, D) that have a target (B, T), or their sum over `num_items`."""
+    head = model.get_submodule(family.head.module)
+    softcap, scale = shaping(model, family)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    targets = targets.reshape(-1).to(rows.device)
+    if plain_head(head) is None:
+        if rows.device != head.weight.device:
+            rows, targets = rows.to(head.weight.device), targets.to(head.weight.device)
+        return linear_cross_entropy(rows, head.weight, targets, num_items=num_items, softcap=softcap, logit_scale=scale)
+    index = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    logits = _shaped(head(rows[index]).float(), softcap, scale)
+    losses = functional.cross_entropy(logits, targets[index].to(logits.device), reduction="sum")
+    count = max(len(index), 1) if num_items is None else num_items
+    return losses / (count.to(losses.device).clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
+
+
+def plain_head(head: nn.Module) -> str | None:
+    """None if the head is one matrix that may be multiplied by directly; else why it is not."""
+    if type(head) is not nn.Linear:
+        return f"{type(head).__name__} makes its own projection of the labelled rows"
+    if head.bias is not None:
+        return "it has a bias and makes its own projection of the labelled rows"
+    if type(head.weight) is not nn.Parameter and type(head.weight) is not torch.Tensor:
+        return f"its weight is a {type(head.weight).__name__}, so it makes its own projection of the labelled rows"
+    if "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
+        return "another library has hooked it, so it makes its own projection of the labelled rows"
+    return None
+
+
+def shaping(model: Any, family: Family) -> tuple[float | None, float]:
+    """(softcap or None, logit scale) of the model's head, by the config keys that the family names."""
+    facts = family.head
+    softcap = getattr(model.config, facts.softcap_key, None) if facts.softcap_key else None
+    scale = getattr(model.config, facts.logit_scale_key, None) if facts.logit_scale_key else None
+    return softcap, 1.0 if scale is None else scale
+
+
+def _shaped(logits: torch.Tensor, softcap: float | None, scale: float) -> torch.Tensor:
+    z = logits if scale == 1.0 else logits * scale
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def _logits(model: nn.Module, family: Family, hidden: torch.Tensor) -> torch.Tensor:
+    return _shaped(model.get_submodule(family.head.module)(hidden), *shaping(model, family))

@@ -1,0 +1,74 @@
+"""What a patched causal LM returns when it is given labels: a loss, and logits that are made when they are read."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# The way to the logits travels on the loss tensor: accelerate rebuilds outputs from their items, under autocast.
+_MAKE, _LISTED = "_nbkit_make_logits", "_nbkit_list_logits"
+
+
+@dataclass
+class LossOutput(CausalLMOutputWithPast):
+    """As transformers' own output. `.logits` (B, T, V) are projected at the first reading, with the autograd of the forward.
+
+    While training they are no item of the mapping, so that walking over it (accelerate, distributed wrappers) makes none;
+    in eval mode they are, as `Trainer.evaluate` expects, and are made when the mapping is walked over.
+    """
+
+    def attach(self, make: Callable[[], torch.Tensor], *, listed: bool) -> None:
+        """Say how logits are made, and whether they count as an item."""
+        setattr(self.loss, _MAKE, make)
+        setattr(self.loss, _LISTED, listed)
+
+    @property
+    def logits(self) -> torch.Tensor | None:  # type: ignore[override]
+        made = vars(self).get("logits")
+        make = getattr(vars(self).get("loss"), _MAKE, None)
+        if made is None and make is not None:
+            made = vars(self)["logits"] = make()
+        return made
+
+    @logits.setter
+    def logits(self, value: torch.Tensor | None) -> None:
+        vars(self)["logits"] = value
+
+    def _list(self) -> None:
+        """Make the logits an item if they count as one, in their place after the loss."""
+        if getattr(vars(self).get("loss"), _LISTED, False) and not OrderedDict.__contains__(self, "logits"):
+            self["logits"] = self.logits
+            for name in [n for n in OrderedDict.__iter__(self) if n not in ("loss", "logits")]:
+                self.move_to_end(name)
+
+    def __getitem__(self, key: Any) -> Any:
+        if key in ("loss", 0):
+            return self.loss
+        self._list()
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        if key != "loss":
+            self._list()
+        return super().__contains__(key)
+
+    def __iter__(self) -> Iterator[str]:
+        self._list()
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        self._list()
+        return super().keys()
+
+    def values(self) -> Any:
+        self._list()
+        return super().values()
+
+    def items(self) -> Any:
+        self._list()
+        return super().items()

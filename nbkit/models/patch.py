@@ -1,0 +1,204 @@
+"""`patch` and `unpatch`: nbkit's kernels on the instances of one model.
+
+Nothing but instances is changed: no class, no other model, no module of another package. The model stays transformers' own,
+so PEFT (before or after), TRL, saving, caches and `generate` go on as they were, and `unpatch` gives the stock forward back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbkit.errors import ModelError
+from nbkit.families import Family, all_families, find
+from nbkit.kernels._launch import MIN_CAPABILITY, runs_on
+from nbkit.models.forwards import MARK, bind, is_bound, plain_head, unbind
+
+TITLES = {
+    "rms_norm": "RMSNorm",
+    "rope": "attention with rope",
+    "swiglu": "gated MLP with swiglu",
+    "linear_cross_entropy": "loss of the labelled rows without logits",
+}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A module that runs nbkit's forward. `note` says what is special about it, if anything."""
+
+    path: str
+    op: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A module that runs stock, and why. The path "" is the model itself."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What `patch` did. `str()` is made to be read; `bound` and `skipped` list every module it looked at."""
+
+    model: str
+    family: str | None
+    device: str
+    runs: str
+    bound: tuple[Bound, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+
+    def __str__(self) -> str:
+        family = f"family {self.family}" if self.family else "no declared family"
+        head = f"{self.model} ({family}) on {self.device}: {len(self.bound)} modules bound, {len(self.skipped)} skipped"
+        lines = [f"{head}; {self.runs}."]
+        for op, count in Counter(one.op for one in self.bound).items():
+            paths = dict.fromkeys(_stars(one.path) or self.model for one in self.bound if one.op == op)
+            lines.append(f"  bound    {count:>4} x {TITLES.get(op, op)}: {', '.join(paths)}")
+        lines += [f"  note     {one.path or self.model}: {one.note}" for one in self.bound if one.note]
+        for reason, count in Counter(one.reason for one in self.skipped).items():
+            paths = dict.fromkeys(_stars(one.path) or self.model for one in self.skipped if one.reason == reason)
+            lines.append(f"  skipped  {count:>4} x {', '.join(paths)}: {reason}")
+        return "\n".join(lines)
+
+
+def patch(model: Any) -> PatchReport:
+    """Bind nbkit's forwards to the modules of one model; patching twice changes nothing.
+
+    Args:
+        model: a transformers causal LM of a declared family, or a PEFT model of one, on any device, also in 4 bits.
+    With labels the loss is computed from the labelled rows alone; the output's `logits` are then made when they are read.
+    A family that is not declared, or a GPU below capability 7.0, runs stock; the report says so.
+    Raises: ModelError for an object that is no transformers model.
+    """
+    base = _base(model)
+    family = find(base.config.model_type)
+    device = next(base.parameters()).device
+    about = {"model": type(base).__name__, "family": family.name if family else None, "device": str(device)}
+    reason = _stock_reason(base, family, device)
+    if family is None or reason is not None:
+        return PatchReport(**about, runs="everything runs stock", skipped=(Skipped("", str(reason)),))
+    found: list[Bound | Skipped] = []
+    for index, layer in enumerate(base.get_submodule(family.decoder.layers)):
+        found += bind_layer(layer, family, f"{family.decoder.layers}.{index}")
+    found.append(_bind(base, family.decoder.final_norm, "rms_norm", family))
+    found.append(_bind_head(base, family))
+    return PatchReport(
+        **about,
+        runs="Triton kernels" if runs_on(device) else "plain PyTorch in place of the kernels",
+        bound=tuple(one for one in found if isinstance(one, Bound)),
+        skipped=tuple(one for one in found if isinstance(one, Skipped)),
+    )
+
+
+def unpatch(model: Any) -> None:
+    """Give every module of the model its stock forward back.
+
+    Raises: ModelError for an object that is no transformers model.
+    """
+    for module in _base(model).modules():
+        unbind(module)
+
+
+def bind_layer(layer: nn.Module, family: Family, path: str) -> list[Bound | Skipped]:
+    """Decide for one decoder layer what of it is bound: its norms, its attention and its MLP, each by itself.
+
+    This is the place where a forward for a whole layer comes in: it binds the layer and says so instead, and the pieces
+    bound here serve it where it hands a call on to the stock layer.
+    """
+    found = [_bind(layer, name, "rms_norm", family, path) for name in dict.fromkeys((family.norm.attention, family.norm.mlp))]
+    for name, op, reason in (
+        (family.attention.module, "rope", _attention_reason(family)),
+        (family.mlp.module, "swiglu", _mlp_reason(layer, family)),
+    ):
+        found.append(_bind(layer, name, op, family, path) if reason is None else Skipped(f"{path}.{name}", reason))
+    return found
+
+
+def _bind(root: nn.Module, name: str, op: str, family: Family, prefix: str = "", note: str = "") -> Bound | Skipped:
+    module = root.get_submodule(name)
+    path = f"{prefix}.{name}" if prefix else name
+    if MARK in vars(module) and (is_bound(module) or not _runs_class_forward(module)):
+        return Bound(path, op, note)  # bound before; another library may have wrapped it since
+    if not type(module).__module__.startswith("transformers.models."):
+        return Skipped(path, f"{type(module).__name__} is not transformers' own class")
+    if not _runs_class_forward(module):
+        return Skipped(path, "another library has bound a forward of its own to it")
+    bind(module, op, family)
+    return Bound(path, op, note)
+
+
+def _runs_class_forward(module: nn.Module) -> bool:
+    bound = vars(module).get("forward")
+    return bound is None or getattr(bound, "__func__", None) is type(module).forward
+
+
+def _bind_head(base: Any, family: Family) -> Bound | Skipped:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if type(base).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return Skipped("", f"{type(base).__name__} has no next-token loss; its own forward stays")
+    head = base.get_submodule(family.head.module)
+    reason = plain_head(head)
+    return _bind(base, "", "linear_cross_entropy", family, note=f"{family.head.module}: {reason}" if reason else "")
+
+
+def _base(model: Any) -> Any:
+    """The transformers model inside `model`."""
+    from transformers import PreTrainedModel
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(base, PreTrainedModel):
+        raise ModelError(
+            f"nbkit patches a transformers model or a PEFT model of one, not a {type(model).__name__}; "
+            "pass the model itself, before it is compiled or wrapped for several processes."
+        )
+    return base
+
+
+def _stock_reason(base: Any, family: Family | None, device: torch.device) -> str | None:
+    """Why nothing of this model can be bound; None if it can."""
+    if family is None:
+        names = ", ".join(one.name for one in all_families())
+        return f"model type {base.config.model_type!r} is no declared family ({names}), so it runs stock"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        have, need = (f"{major}.{minor}" for major, minor in (torch.cuda.get_device_capability(device), MIN_CAPABILITY))
+        return f"{torch.cuda.get_device_name(device)} has capability {have}, kernels need {need}, so it runs stock"
+    try:
+        base.get_submodule(family.decoder.layers)
+        base.get_submodule(family.decoder.final_norm)
+    except AttributeError:
+        return f"{type(base).__name__} has no decoder at {family.decoder.layers}, so it runs stock"
+    return None
+
+
+def _attention_reason(family: Family) -> str | None:
+    """Why the family's attention is not bound; None if it is."""
+    facts, rope = family.attention, family.rope
+    if facts.fused_qkv or facts.qk_norm or facts.sinks or facts.softcap_key:
+        return f"the attention of {family.title} is not among those nbkit binds"
+    if rope.kind != "split_half" or rope.partial != 1.0:
+        return f"the rope of {family.title} ({rope.kind}, {rope.partial:g} of a head) is not among those nbkit binds"
+    return None
+
+
+def _mlp_reason(layer: nn.Module, family: Family) -> str | None:
+    facts = family.mlp
+    if facts.fused or facts.experts_key or facts.activation != "silu":
+        return f"the MLP of {family.title} is not among those nbkit binds"
+    act = getattr(layer.get_submodule(facts.module), "act_fn", None)
+    if type(act).__name__ not in ("SiLUActivation", "SiLU"):
+        return f"its activation is {type(act).__name__}, the kernel has silu"
+    return None
+
+
+def _stars(path: str) -> str:
+    """model.layers.7.mlp as model.layers.*.mlp."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", path)
