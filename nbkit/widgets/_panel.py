@@ -32,6 +32,7 @@ class Panel(Shown):
     Attributes:
         widget: the root widget, for layouts of one's own.
         section: the same without the style sheet, as `studio` shows it.
+        said: the area of its messages.
         error: what the last click or its background work raised, or None.
     """
 
@@ -55,7 +56,7 @@ class Panel(Shown):
         self._show_code = widgets.ToggleButton(value=False, description="Show code", tooltip="The Python that does the same")
         self._fold = widgets.ToggleButton(value=True, description="Close", tooltip="Open or close this step")
         self._body = widgets.VBox([])
-        self._message = _html.html()
+        self.said = _html.html()
         self._code = _html.html()
         for toggle in (self._show_code, self._fold):
             toggle.add_class("nbk-toggle")
@@ -63,7 +64,7 @@ class Panel(Shown):
         self._fold.layout.display = "none"
         head = widgets.HBox([self._heading, self._show_code, self._fold])
         head.add_class("nbk-head")
-        self.section = widgets.VBox([head, self._body, self._message, self._code])
+        self.section = widgets.VBox([head, self._body, self.said, self._code])
         self.section.add_class("nbk-panel")
         self.widget = widgets.VBox([_html.html(_html.style()), self.section])
         self.widget.add_class("nbk")
@@ -155,7 +156,7 @@ class Panel(Shown):
     def message(self, text: str, level: str = "info") -> None:
         """Show one sentence; levels are info, done, busy, warning and error."""
         self._said = (text, level)
-        _html.show(self._message, self._message_html())
+        _html.show(self.said, self.said_markup())
         self._folded()
 
     @contextmanager
@@ -185,7 +186,7 @@ class Panel(Shown):
             _html.paragraph("nbk-summary", self._summary()) if self._summary() else "",
             _html.pairs(values) if values else "",
             self._static_body(),
-            self._message_html(),
+            self.said_markup(),
         )
 
     def __repr__(self) -> str:
@@ -325,7 +326,7 @@ class Panel(Shown):
             return _html.paragraph("nbk-hint", f"The code has {len(code):,} characters; print the panel's code() to see it.")
         return _html.block(code, CODE_LIMIT, label=f"Code of the panel {self.title}")
 
-    def _message_html(self) -> _html.Markup:
+    def said_markup(self) -> _html.Markup:
         said, level = self._said
         if not said:
             return _html.join(())
@@ -352,7 +353,7 @@ class Panel(Shown):
         """A closed step shows its heading, and what is going on or wrong."""
         opened = self._fold.value
         self._body.layout.display = "" if opened else "none"
-        self._message.layout.display = "" if opened or self._said[1] in ("busy", "warning", "error") else "none"
+        self.said.layout.display = "" if opened or self._said[1] in ("busy", "warning", "error") else "none"
         self._fold.description = "Close" if opened else "Open"
 
     def _known(self, name: str, names: Mapping[str, Any], what: str) -> None:

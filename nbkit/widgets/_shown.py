@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import ipywidgets as widgets
@@ -24,7 +23,11 @@ class Shown:
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
-        self._holders: list[Callable[[], None]] = []  # told when the static form has changed for good
+        self._holders: list[Shown] = []
+
+    def held_by(self, holder: Shown) -> None:
+        """`holder` shows this too: its static form is brought up to date along with this one's."""
+        self._holders.append(holder)
 
     def static_html(self) -> str:
         raise TypeError(f"{type(self).__name__} shows nothing; it must define static_html")
@@ -49,4 +52,4 @@ class Shown:
             if handle is not None:
                 handle.update(self._repr_mimebundle_(), raw=True)
         for holder in self._holders:
-            holder()
+            holder.update_saved()

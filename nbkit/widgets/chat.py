@@ -47,8 +47,8 @@ class ChatPanel(Panel):
         self._example = -1
         self._talk = _html.html(self._talk_html())
         prompt = self._field("prompt", _fields.area("Prompt", hint="Ask something; both models answer"))
-        tokens = self._field("max_new_tokens", _fields.whole("Longest reply, tokens", 128))
-        temperature = self._field("temperature", _fields.real("Temperature (0 is greedy)", 0.0))
+        tokens = self._field("max_new_tokens", _fields.whole("Most tokens", 128))
+        temperature = self._field("temperature", _fields.real("Temperature", 0.0))
         send = self._button("send", "Send", self._send, "Ask the base model and the tuned one", primary=True)
         stop = self._button("stop", "Stop", self._stop, "Stop writing")
         example = self._button("example", "Held-out prompt", self._take_example, "Fill in a prompt that was not trained on")

@@ -42,7 +42,7 @@ class DatasetMapper(Panel):
         source = self._field("source", _fields.text("File, hub data set or sample", SAMPLE, wide=True))
         form = self._field("format", _fields.choice("Format", FORMATS, "auto"))
         held_out = self._field("held_out", _fields.optional("Held-out rows", _share, "rows, a share or a source", "none"))
-        too_long = self._field("too_long", _fields.choice("Rows that are too long", TOO_LONG, "refuse"))
+        too_long = self._field("too_long", _fields.choice("Too long rows", TOO_LONG, "refuse"))
         system = self._field("system", _fields.optional("System message", str, "text", "none"))
         columns = self._field("columns", self._columns())
         row = self._field("row", _fields.whole("Row", 1))

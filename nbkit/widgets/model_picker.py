@@ -100,6 +100,8 @@ class ModelPicker(Panel):
         return [_code.call("session.load", [config.pop("name")], config)]
 
     def _static_body(self) -> _html.Markup:
+        if self.session.loaded is not None:
+            return _html.join(())  # the choice is made
         rows = (
             (entry.name, entry.family, _html.amount(entry.parameters), _html.size(entry.needed_bytes), _mark(entry), entry.reason)
             for entry in self.entries

@@ -42,7 +42,7 @@ class Studio(Shown):
         }
         for number, panel in enumerate(self.panels.values(), 1):
             panel.step(number)
-            panel._holders.append(self.update_saved)
+            panel.held_by(self)
         title = _html.tag("div", {"class": "nbk-title"}, "nbkit studio")
         steps = [panel.section for panel in self.panels.values()]
         self.widget = widgets.VBox([_html.html(_html.style()), _html.html(title), *steps])
@@ -72,7 +72,7 @@ class Studio(Shown):
         """
         self.training.open()
         if get_ipython() is not None:
-            display(self._live())
+            display(_Live(self.training))
         run = self.session.run
         if run is None or run.status not in GOING:
             self.training.click("start")
@@ -97,11 +97,6 @@ class Studio(Shown):
     def __repr__(self) -> str:
         states = ", ".join(f"{name}: {_html.plain(panel.summary() or '–', 80)}" for name, panel in self.panels.items())
         return f"<nbkit studio: {states}>"
-
-    def _live(self) -> widgets.VBox:
-        box = widgets.VBox([_html.html(_html.style()), self.training.live])
-        box.add_class("nbk")
-        return box
 
     # -- which step is open ------------------------------------------------------------------------
 
@@ -131,6 +126,23 @@ class Studio(Shown):
                 panel.close()
             self.training.open()
             self.chat.open()
+
+
+class _Live(Shown):
+    """Buttons, plot and message of a training panel once more, for the cell that trains."""
+
+    def __init__(self, training: TrainPanel) -> None:
+        super().__init__()
+        self.training = training
+        self.widget = widgets.VBox([_html.html(_html.style()), training.live, training.said])
+        self.widget.add_class("nbk")
+        training.held_by(self)
+
+    def static_html(self) -> str:
+        return _html.join((_html.style(), self.training.plot.static_markup(), self.training.said_markup()))
+
+    def __repr__(self) -> str:
+        return repr(self.training)
 
 
 def studio(session: Session | None = None) -> Studio:

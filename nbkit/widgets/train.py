@@ -58,7 +58,7 @@ class TrainPanel(Panel):
         rare = {
             "warmup_steps": _fields.whole("Warm-up steps", default.warmup_steps),
             "weight_decay": _fields.real("Weight decay", default.weight_decay),
-            "max_grad_norm": _fields.real("Largest gradient norm", default.max_grad_norm),
+            "max_grad_norm": _fields.real("Clip gradients at", default.max_grad_norm),
             "optimizer": _fields.text("Optimizer", default.optimizer),
             "save_steps": _fields.whole("Save every … steps", default.save_steps),
             "seed": _fields.whole("Seed", default.seed),

@@ -101,9 +101,9 @@ def test_a_refused_set_changes_nothing() -> None:
 def test_a_hand_that_types_nonsense_sees_a_sentence() -> None:
     toy = Toy()
     toy._fields["limit"].widget.value = "many"
-    assert "Limit takes a whole number, not &#x27;many&#x27;" in toy._message.value and "Error" in toy._message.value
+    assert "Limit takes a whole number, not &#x27;many&#x27;" in toy.said.value and "Error" in toy.said.value
     toy._fields["limit"].widget.value = "4"
-    assert toy._message.value == "" and toy.values()["limit"] == 4
+    assert toy.said.value == "" and toy.values()["limit"] == 4
 
 
 def test_click_presses_the_button_as_a_user_would() -> None:
@@ -135,7 +135,7 @@ def test_a_click_that_fails_is_a_sentence_for_a_hand_and_an_error_for_code(
     toy = Toy(fault)
     toy._buttons["now"].click()  # a user: nothing is raised, nothing printed
     assert toy.error is fault
-    said = inert(toy._message.value).text
+    said = inert(toy.said.value).text
     assert said.startswith("Error ") and "Traceback" not in said and "\n" not in said
     assert capsys.readouterr() == ("", "")
     with pytest.raises(type(fault)):
@@ -148,7 +148,7 @@ def test_a_click_that_fails_is_a_sentence_for_a_hand_and_an_error_for_code(
 def test_an_interrupted_click_says_so() -> None:
     toy = Toy(KeyboardInterrupt())
     toy._buttons["now"].click()
-    assert "Interrupted" in toy._message.value
+    assert "Interrupted" in toy.said.value
     with pytest.raises(KeyboardInterrupt):
         toy.click("now")
 
@@ -173,7 +173,7 @@ def test_background_work_that_nobody_awaits_is_shown() -> None:
         await asyncio.sleep(0.05)
         return toy
 
-    assert "It went away." in asyncio.run(main())._message.value
+    assert "It went away." in asyncio.run(main()).said.value
 
 
 def test_without_a_loop_background_work_is_done_when_click_returns() -> None:
@@ -188,8 +188,8 @@ def test_busy_holds_the_buttons_and_gives_them_back() -> None:
     toy = Toy()
     with toy.busy("Reading …"):
         assert all(button.disabled for button in toy._buttons.values())
-        assert "Reading …" in toy._message.value
-    assert not any(button.disabled for button in toy._buttons.values()) and toy._message.value == ""
+        assert "Reading …" in toy.said.value
+    assert not any(button.disabled for button in toy._buttons.values()) and toy.said.value == ""
     with pytest.raises(ModelError), toy.busy("x"):
         raise ModelError("no")
     assert not toy._buttons["now"].disabled
@@ -199,7 +199,7 @@ def test_busy_holds_the_buttons_and_gives_them_back() -> None:
 def test_messages_are_told_apart_by_a_word_too(level: str) -> None:
     toy = Toy()
     toy.message("It is <i>so</i>.", level)
-    reader = inert(toy._message.value)
+    reader = inert(toy.said.value)
     assert reader.text.endswith("It is <i>so</i>.") and len(reader.text.split()[0]) > 3
     assert ("role", "alert" if level == "error" else "status") in reader.attributes
 

@@ -69,14 +69,14 @@ def test_load_loads_what_is_named(session: FakeSession) -> None:
     panel.set(name="  a/b ", load_in_4bit=True, max_seq_length=512, dtype="bfloat16")
     panel.click("load")
     assert session.calls == [("load", ("a/b",), {"load_in_4bit": True, "dtype": "bfloat16", "max_seq_length": 512})]
-    assert "a/b was loaded from the cache." in panel._message.value and panel.summary() == "✓ a/b is loaded"
+    assert "a/b was loaded from the cache." in panel.said.value and panel.summary() == "✓ a/b is loaded"
 
 
 def test_an_unknown_model_is_a_sentence_with_names(session: FakeSession) -> None:
     panel = ModelPicker(session)
     panel._fields["name"].widget.value = "no-such-model"
     panel._buttons["load"].click()
-    assert "did you mean smollm2-135m-instruct" in inert(panel._message.value).text
+    assert "did you mean smollm2-135m-instruct" in inert(panel.said.value).text
     with pytest.raises(ModelError, match="did you mean"):
         panel.click("load")
 
@@ -135,15 +135,15 @@ def test_bad_lora_settings_are_sentences(loaded: FakeSession, values: dict[str, 
     panel = LoraPanel(loaded)
     with pytest.raises(ConfigError, match=said):
         panel.set(**values)
-    assert said in inert(panel._message.value).text or "targets" in values or "alpha" in values
+    assert said in inert(panel.said.value).text or "targets" in values or "alpha" in values
 
 
 def test_rank_0_typed_by_hand_is_a_sentence_and_no_adapter(loaded: FakeSession) -> None:
     panel = LoraPanel(loaded)
     panel._fields["rank"].widget.value = 0
-    assert "LoRA rank is 0; it must be at least 1" in panel._message.value
+    assert "LoRA rank is 0; it must be at least 1" in panel.said.value
     panel._buttons["add"].click()
-    assert "LoRA rank is 0" in panel._message.value and loaded.lora is None
+    assert "LoRA rank is 0" in panel.said.value and loaded.lora is None
 
 
 def test_add_puts_the_adapter_on(loaded: FakeSession) -> None:
@@ -152,7 +152,7 @@ def test_add_puts_the_adapter_on(loaded: FakeSession) -> None:
     panel.click("add")
     lora = loaded.lora
     assert lora is not None and (lora.rank, lora.alpha, lora.targets, lora.use_rslora) == (8, 16, ("qkv_proj",), True)
-    assert "20,971,520 parameters will be trained" in panel._message.value
+    assert "20,971,520 parameters will be trained" in panel.said.value
 
 
 def test_the_panel_shows_what_code_has_added(loaded: FakeSession) -> None:
@@ -223,7 +223,7 @@ def test_a_missing_file_is_a_sentence(loaded: FakeSession) -> None:
     panel = DatasetMapper(loaded)
     panel._fields["source"].widget.value = "missing.jsonl"
     panel._buttons["read"].click()
-    assert "There is no file missing.jsonl" in panel._message.value
+    assert "There is no file missing.jsonl" in panel.said.value
     with pytest.raises(DataError):
         panel.click("read")
 
@@ -254,7 +254,7 @@ def test_start_trains_with_the_settings_and_the_plot_moves(ready: FakeSession) -
     want = TrainConfig(max_steps=7, learning_rate=1e-3, batch_size=4, schedule="cosine", gradient_checkpointing=False)
     assert ready.calls == [("train", (want,), {})]
     assert panel.plot.progress.step == 3 and "<svg" in panel.plot._picture.value
-    assert "Trained at step 3 in 0:01; the adapter is in runs/one/adapter." in panel._message.value
+    assert "Trained at step 3 in 0:01; the adapter is in runs/one/adapter." in panel.said.value
     assert not panel._buttons["start"].disabled and panel._buttons["stop"].disabled
     assert panel.summary() == "Finished, step 3 of 3 in 0:01"
 
@@ -266,13 +266,13 @@ def test_stop_ends_the_run_at_a_step(ready: FakeSession) -> None:
         panel.click("start")
         await asyncio.sleep(0.1)
         panel._buttons["stop"].click()  # a hand, while the cell awaits
-        assert "Stopping" in panel._message.value and panel._buttons["stop"].disabled
+        assert "Stopping" in panel.said.value and panel._buttons["stop"].disabled
         await panel.finished()
         return panel
 
     panel = asyncio.run(main())
     assert ready.run is not None and ready.run.status == "stopped"
-    assert 0 < panel.plot.progress.step < 500 and "Stopped at step" in panel._message.value
+    assert 0 < panel.plot.progress.step < 500 and "Stopped at step" in panel.said.value
 
 
 def test_a_run_that_code_started_is_followed_too(ready: FakeSession) -> None:
@@ -283,7 +283,7 @@ def test_a_run_that_code_started_is_followed_too(ready: FakeSession) -> None:
 
     panel = asyncio.run(main())
     assert panel.values()["max_steps"] == 9 and panel.values()["gradient_checkpointing"] == "unsloth"
-    assert "Trained at step 3" in panel._message.value and panel.plot.progress.state == "finished"
+    assert "Trained at step 3" in panel.said.value and panel.plot.progress.state == "finished"
     assert "Finished, step 3 of 3" in inert(TrainPanel(ready).plot._picture.value).text
 
 
@@ -298,7 +298,7 @@ def test_start_is_refused_with_what_is_missing(session: FakeSession, missing: st
         session.use_data("x").trained_tokens = 0
     panel = TrainPanel(session)
     panel._buttons["start"].click()
-    assert said in panel._message.value and session.run is None
+    assert said in panel.said.value and session.run is None
     with pytest.raises((ModelError, ConfigError, TrainingError), match=said):
         panel.click("start")
     with pytest.raises(ConfigError, match="nothing to do"):
@@ -327,7 +327,7 @@ def test_a_run_that_fails_is_a_sentence_and_is_raised_in_the_cell(ready: FakeSes
     with pytest.raises(TrainingError, match="disk is full"):
         asyncio.run(main(awaited=True))
     panel = asyncio.run(main(awaited=False))
-    assert "The disk is full; free 2 GB." in panel._message.value and isinstance(panel.error, TrainingError)
+    assert "The disk is full; free 2 GB." in panel.said.value and isinstance(panel.error, TrainingError)
     assert not panel._buttons["start"].disabled and panel.plot.progress.state == "failed"
 
 
@@ -432,7 +432,7 @@ def test_a_reply_that_breaks_off_is_a_sentence(ready: FakeSession) -> None:
     panel = ChatPanel(ready)
     with pytest.raises(ModelError, match="went away"):
         asked(panel, "hi")
-    assert panel.exchanges[0].base == "half a " and "went away" in panel._message.value
+    assert panel.exchanges[0].base == "half a " and "went away" in panel.said.value
     assert not panel._buttons["send"].disabled
 
 

@@ -59,9 +59,9 @@ async def _await(session: FakeSession) -> None:
 def test_a_closed_step_still_says_what_is_wrong(tmp_path: Path) -> None:
     shown = Studio(FakeSession(tmp_path))
     shown.lora.message("All is well.", "done")
-    assert shown.lora._message.layout.display == "none"
+    assert shown.lora.said.layout.display == "none"
     shown.lora.message("It is not.", "error")
-    assert shown.lora._message.layout.display == ""
+    assert shown.lora.said.layout.display == ""
 
 
 def test_the_cost_of_the_adapter_follows_the_picked_model(tmp_path: Path) -> None:
