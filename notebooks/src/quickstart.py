@@ -32,7 +32,7 @@ nbkit.doctor()
 
 # %%
 session = nbkit.Session()
-session.load("smollm2-135m-instruct", max_seq_length=512)
+loaded = session.load("smollm2-135m-instruct", max_seq_length=512)
 
 # %% [markdown]
 # ## 3. A small adapter instead of the whole model
@@ -41,14 +41,14 @@ session.load("smollm2-135m-instruct", max_seq_length=512)
 # 2.4 million numbers here instead of 135 million, which is why it fits. `rank` is how thin: more rank can learn more, and costs more.
 
 # %%
-session.add_lora(rank=8)
-session.patched
+model = session.add_lora(rank=8)
+print(session.patched)
 
 # %% [markdown]
 # ## 4. Examples to learn from
 #
-# The sample holds 160 reports with the log line each should become, and 30 more that are never trained on: they are the exam.
-# Your own JSONL, JSON or CSV file works the same way; the format is detected.
+# The sample holds 200 reports, each with the log line it should become, and 30 more that are never trained on: they are the exam,
+# told in other words and with other facts. Your own JSONL, JSON or CSV file works the same way; the format is detected.
 
 # %%
 session.use_data("sample:ships-log", held_out="sample:ships-log/held_out")
@@ -65,8 +65,8 @@ DatasetMapper(session)
 # %% [markdown]
 # ## 5. Before
 #
-# What does the model make of such a report today? The exam is thirty reports it will never be trained on, answered greedily. A field is
-# one fact of the log line: the time, the position, the weather, what happened.
+# What does the model make of such a report today? It answers the thirty reports of the exam. A field is one fact of the log line:
+# the time, the wind, the sea, the speed, and what happened.
 
 # %%
 before = session.evaluate(adapter=False, max_new_tokens=48)
@@ -132,7 +132,7 @@ from nbkit.widgets import ChatPanel
 chat = ChatPanel(session)
 display(chat)
 chat.set(
-    prompt="Half past six in the evening, ten miles north of the cape. The fog is thick and the radio has stopped working.",
+    prompt="Log this report.\n\nNot a quiet evening. The radio failed at 18:40 and we make 6 knots. Wind is west 5, sea is rough.",
     max_new_tokens=48,
 )
 chat.click("send")
