@@ -132,7 +132,7 @@ from nbkit.widgets import ChatPanel
 chat = ChatPanel(session)
 display(chat)
 chat.set(
-    prompt="Log this report.\n\nNot a quiet evening. The radio failed at 18:40 and we make 6 knots. Wind is west 5, sea is rough.",
+    prompt="Log this report.\n\nA loud evening. The radio failed at 18:40 and we make 6 knots. Wind is west 5, sea is rough.",
     max_new_tokens=48,
 )
 chat.click("send")
