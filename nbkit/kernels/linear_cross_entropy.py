@@ -53,14 +53,16 @@ def _shape_logits(x: torch.Tensor, softcap: float | None, logit_scale: float) ->
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-def _reduce(losses: torch.Tensor, reduction: str, num_items: float | torch.Tensor | None, labelled: int) -> torch.Tensor:
+def _reduce(
+    losses: torch.Tensor, reduction: str, num_items: float | torch.Tensor | None, labelled: int | torch.Tensor
+) -> torch.Tensor:
     if reduction == "none":
         return losses
     total = losses.sum()
     if reduction == "sum":
         return total
     if num_items is None:
-        return total / max(labelled, 1)
+        return total / (labelled if isinstance(labelled, torch.Tensor) else max(labelled, 1))
     if isinstance(num_items, torch.Tensor):
         return total / num_items.to(total.device).clamp(min=1)
     return total / max(num_items, 1)
@@ -280,6 +282,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_bytes: int = CHUNK_BYTES,
+    labelled_only: bool = True,
 ) -> torch.Tensor:
     """Cross-entropy, in nats, of labels (N,) under the logits hidden (N, D) @ weight (V, D)^T.
 
@@ -290,6 +293,7 @@ def linear_cross_entropy(
         num_items: denominator of "mean", say the labels of a whole optimizer step.
         softcap, logit_scale: z = softcap * tanh(logit_scale * x / softcap).
         chunk_bytes: most bytes of logits that exist at a time.
+        labelled_only: False projects every row, which spares a wait for the device to count them (a CUDA graph has to).
     Without any label the loss is 0 and so are its gradients. Under autocast the product is made in autocast's dtype.
     Raises: ValueError for shapes, dtypes or a reduction that do not fit.
     """
@@ -304,12 +308,16 @@ def linear_cross_entropy(
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}; they must be alike.")
     spec = _Spec(softcap, logit_scale, chunk_bytes, uniform=reduction != "none", grad=torch.is_grad_enabled())
-    index = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    if labelled_only:
+        index = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+        count: int | torch.Tensor = len(index)
+    else:
+        index, count = labels, (labels != IGNORE_INDEX).sum().clamp(min=1)  # only the length of this index is read
     with torch.autocast(kind, enabled=False):
         losses = _LinearCrossEntropy.apply(hidden, weight, labels, index, spec)
-        if reduction == "none":
+        if reduction == "none" and labelled_only:
             return losses.new_zeros(len(labels)).index_copy(0, index, losses)
-        return _reduce(losses, reduction, num_items, len(index))
+        return _reduce(losses, reduction, num_items, count)
 
 
 # -- op --------------------------------------------------------------------------------------------

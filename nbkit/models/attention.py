@@ -45,18 +45,20 @@ class Shapes:
         return False
 
 
-def choose(q: Tensor, *, scale: float, mask: Tensor | None, window: int | None, shapes: Shapes) -> Attend:
-    """The implementation for q (B, H, T, K). A window as long as the sequence is no window."""
-    b, h, t, k = q.shape
+def choose(
+    shape: tuple[int, int, int, int], like: Tensor, *, scale: float, mask: Tensor | None, window: int | None, shapes: Shapes
+) -> Attend:
+    """The implementation for q of `shape` (B, H, T, K), of `like`'s dtype and device. A window as long as T is no window."""
+    b, h, t, k = shape
     if window is not None and window >= t:
         window = None
-    if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
-        return Attend("plain", scale, window, f"{q.device.type} {str(q.dtype).removeprefix('torch.')}")
+    if like.device.type != "cuda" or like.dtype not in (torch.float16, torch.bfloat16):
+        return Attend("plain", scale, window, f"{like.device.type} {str(like.dtype).removeprefix('torch.')}")
     if k % 8:
         return Attend("plain", scale, window, f"head width {k}")
     if mask is not None:
         return Attend("efficient", scale, None, "a mask that is not causal alone")  # a mask of the model holds its window too
-    major, _ = torch.cuda.get_device_capability(q.device)
+    major, _ = torch.cuda.get_device_capability(like.device)
     if major < 8:
         return Attend("plain" if window else "efficient", scale, window, f"capability {major}")
     if window is not None:

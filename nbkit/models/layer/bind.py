@@ -18,11 +18,14 @@ from nbkit.models.layer.keep import DEFAULT, Keep
 from nbkit.models.layer.parts import Parts
 from nbkit.models.layer.weights import Scratch
 
+MARK = "_nbkit_layers"  # instance attribute: of the decoder its Binding, of each layer its BoundLayer
+
 
 class Binding:
     """All decoder layers of one model on the fused path, bound by `bind` and taken off by `release`.
 
     `reasons` says for each layer index that runs stock why it does; it is brought up to date by every forward.
+    `keep` is the level of all layers; None: level 0, or 4 where gradient checkpointing was asked for.
     """
 
     def __init__(self, decoder: nn.Module, layers: list[nn.Module], family: Family, config: Any) -> None:
@@ -30,7 +33,7 @@ class Binding:
         self.scratch, self.rows, self.shapes = Scratch(), GradientRows(), attention.Shapes()
         self.reasons: dict[int, str] = {}
         self.bound: list[BoundLayer] = []
-        self.keep: Keep | None = None  # None: level 0, or 4 where gradient checkpointing was asked for
+        self.keep: Keep | None = None
         self.how: set[str] = set()  # the attention implementations met, for the report
         self.writer: BorderWriter | None = None
         self.causal: Tensor | None = None  # stands for the mask in a forward that needs none but the causal one
@@ -41,32 +44,43 @@ class Binding:
                 self.reasons[index] = str(reason)
                 continue
             self.bound.append(BoundLayer(self, parts))
+        vars(decoder)[MARK] = self
         self._hooks = [
-            decoder.register_forward_pre_hook(self.before, with_kwargs=True),
-            decoder.register_forward_hook(self.after, always_call=True),
+            decoder.register_forward_pre_hook(_before, with_kwargs=True),
+            decoder.register_forward_hook(_after, always_call=True),
         ]
 
-    def before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Bring the adapters' borders up to date, and say once for all layers what the mask is."""
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_nothing, ())  # a copied or pickled model runs stock until it is patched itself
+
+    @property
+    def checkpointed(self) -> bool:
+        """Whether gradient checkpointing is on; here it is a level, and the stock wrapper is not used."""
+        return any(layer.checkpointed for layer in self.bound)
+
+    def refresh(self) -> bool:
+        """Read all adapters again; True if anything that a recorded step holds fixed has changed."""
         changed = False
         for layer in self.bound:
             changed |= layer.refresh()
-        self.scratch.owner.clear()  # adapters may have been stepped since: what was dequantised with them is old
         if changed or self.writer is None or self.writer.stale():
             self.writer = BorderWriter([c for b in self.bound for g in b.parts.groups for c in g.borders()])
+            return True
+        return False
+
+    def before(self, kwargs: dict[str, Any]) -> None:
+        """At the start of each forward: bring the borders up to date, and say once for all layers what the mask is."""
+        self.refresh()
+        self.scratch.owner.clear()  # adapters may have been stepped since: what was dequantised with them is old
         self.writer.write()
         self.causal = None
-        if not torch.is_grad_enabled():
-            return args, kwargs
+        if not torch.is_grad_enabled() or not self.bound:
+            return
         if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is None:
             kwargs["use_cache"] = False  # a cache of what is being trained on is of no use, and would be kept until the backward
         if not self.reasons and kwargs.get("position_ids") is None and causal_only(kwargs.get("attention_mask")):
             # A mask of four axes is handed to the layers as it is, so the stock decoder builds none.
             kwargs["attention_mask"] = self.causal = torch.empty(1, 1, 1, 1, device=self.bound[0].parts.qkv.device)
-        return args, kwargs
-
-    def after(self, decoder: nn.Module, args: tuple, output: Any) -> None:
-        self.causal = None
 
     def release(self) -> None:
         """Give every layer its stock forward and every linear its own weight back."""
@@ -75,16 +89,23 @@ class Binding:
         for layer in self.bound:
             layer.release()
         self.bound.clear()
+        vars(self.decoder).pop(MARK, None)
 
 
 class BoundLayer:
-    """One decoder layer whose instance calls `forward` here instead of its class's."""
+    """One decoder layer whose instance runs `forward` below in place of its class's."""
 
     def __init__(self, binding: Binding, parts: Parts) -> None:
         self.binding, self.parts = binding, parts
         self.params: list[Tensor] = []
         self.checkpointed = False
-        parts.layer.forward = MethodType(_forward, _Handle(self, parts.layer))
+        layer = vars(parts.layer)
+        self.before = layer.get("forward")  # what another library bound; None: the class's own
+        layer[MARK] = self
+        layer["forward"] = MethodType(forward, parts.layer)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_nothing, ())
 
     def refresh(self) -> bool:
         """True if the adapters changed. A reason to run stock goes to the binding's `reasons`."""
@@ -97,27 +118,50 @@ class BoundLayer:
         if changed:
             self.params = self.parts.parameters()
         reasons.pop(self.parts.index, None)
-        # Checkpointing is a level here. The stock wrapper would repeat the whole layer; older transformers wrap the call itself.
-        self.checkpointed = bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
+        # Checkpointing is a level here. The stock wrapper would repeat the whole layer.
+        asked = bool(layer.gradient_checkpointing) if hasattr(layer, "gradient_checkpointing") else False
+        self.checkpointed = asked and layer.training
         return changed
 
+    def stock(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer as it was before."""
+        if self.before is not None:
+            return self.before(*args, **kwargs)
+        return type(self.parts.layer).forward(self.parts.layer, *args, **kwargs)
+
     def release(self) -> None:
-        self.parts.layer.__dict__.pop("forward", None)
+        layer = vars(self.parts.layer)
+        if layer.pop(MARK, None) is self and getattr(layer.get("forward"), "__func__", None) is forward:
+            del layer["forward"]
+            if self.before is not None:
+                layer["forward"] = self.before
         for group in self.parts.groups:
             group.release()
 
 
-class _Handle:
-    """What the instance's forward is bound to: the layer, and its binding."""
-
-    def __init__(self, bound: BoundLayer, layer: nn.Module) -> None:
-        self.bound, self.layer = bound, layer
+def _nothing() -> None:
+    return None
 
 
-def _forward(self: _Handle, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-    """The decoder layer's forward: fused where it can be, else the class's own with the same arguments."""
-    bound, binding = self.bound, self.bound.binding
-    parts = bound.parts
+def _before(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    binding = vars(decoder).get(MARK)
+    if binding is not None:
+        binding.before(kwargs)
+    return args, kwargs
+
+
+def _after(decoder: nn.Module, args: tuple, output: Any) -> None:
+    binding = vars(decoder).get(MARK)
+    if binding is not None:
+        binding.causal = None
+
+
+def forward(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    """The decoder layer's forward: fused where it can be, else the layer's own with the same arguments."""
+    bound: BoundLayer | None = vars(self).get(MARK)
+    if bound is None:  # a copy of a bound layer
+        return type(self).forward(self, hidden_states, attention_mask=attention_mask, **kwargs)
+    binding, parts = bound.binding, bound.parts
     causal = attention_mask is not None and attention_mask is binding.causal
     mask = None if causal else attention_mask
     if (
@@ -128,11 +172,11 @@ def _forward(self: _Handle, hidden_states: Tensor, attention_mask: Tensor | None
         or (mask is not None and mask.dim() != 4)
         or kwargs.get("position_embeddings") is None
     ):
-        return type(self.layer).forward(self.layer, hidden_states, attention_mask=mask, **kwargs)
+        return bound.stock(hidden_states, attention_mask=mask, **kwargs)
     cos, sin = kwargs["position_embeddings"]
     b, t, _ = hidden_states.shape
-    like = hidden_states.as_strided((b, parts.h, t, parts.k), (0, 0, 0, 0))  # only its shape, dtype and device are read
-    how = attention.choose(like, scale=parts.scale, mask=mask, window=parts.window, shapes=binding.shapes)
+    shape = (b, parts.h, t, parts.k)
+    how = attention.choose(shape, hidden_states, scale=parts.scale, mask=mask, window=parts.window, shapes=binding.shapes)
     binding.how.add(f"{how.kind}: {how.why}")
     keep = binding.keep or (Keep(4) if bound.checkpointed else DEFAULT)
     call = Call(parts, keep, how, b, t, [])
@@ -153,7 +197,16 @@ def causal_only(mask: Tensor | None) -> bool:
 
 
 def bind(model: nn.Module, family: Family) -> Binding:
-    """Put every fitting decoder layer of a causal-LM `model` of `family` on the fused path."""
+    """Put every fitting decoder layer of a causal-LM `model` of `family` on the fused path; once, however often it is called."""
     decoder = model.get_submodule(family.decoder.base)
-    layers = list(model.get_submodule(family.decoder.layers))
-    return Binding(decoder, layers, family, model.config)
+    held = vars(decoder).get(MARK)
+    if held is not None:
+        return held
+    return Binding(decoder, list(model.get_submodule(family.decoder.layers)), family, model.config)
+
+
+def binding_of(model: nn.Module) -> Binding | None:
+    """The binding of a model (or a PEFT model of one), or None if it has none."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found = (vars(module).get(MARK) for module in base.modules())
+    return next((one for one in found if isinstance(one, Binding)), None)

@@ -137,6 +137,9 @@ class Group:
                 mine = [t for t in self.terms if t.start == start]
                 dequantize_nf4(packed, out, start, self.outputs, self.rank, mine)
                 start += size
+            used = max((t.offset + t.rank for t in self.terms), default=0)
+            if used < self.rank:  # rows of A that pad the rank: garbage times a zero column of B could still be NaN
+                out[self.outputs + used : self.outputs + self.rank].zero_()
             self.scratch.owner[self.name] = self
         return out
 

@@ -86,7 +86,7 @@ def test_random_upstream_gradient_and_strided_input():
     for fused in (False, True):
         binding = bound(model) if fused else None
         if binding:
-            binding.before(model.get_base_model().model, (), {})
+            binding.before({})
         x = wide[..., ::2].detach().requires_grad_()
         places = rotary(x, torch.arange(7)[None])
         y = (
@@ -116,7 +116,7 @@ def test_gradcheck_in_float64():
         "qwen2", rank=2, hidden_size=8, intermediate_size=12, num_attention_heads=2, num_key_value_heads=1, head_dim=4
     ).double()
     binding = bound(model)
-    binding.before(model.get_base_model().model, (), {})
+    binding.before({})
     parts = binding.bound[0].parts
     how = attention.Attend("plain", parts.scale)
     x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)

@@ -1,0 +1,194 @@
+"""A whole micro-step (forward, loss, backward of the LoRA parameters) as one CUDA graph, where launches cost more than the work.
+
+A graph is recorded for a shape that comes again and again, and replayed with new tokens: one launch in place of a thousand.
+To autograd it is one node: its forward replays the graph, which leaves the loss and the gradients for an upstream gradient of 1;
+its backward multiplies them by the upstream gradient. So accumulation, hooks, clipping and any optimizer work as before.
+
+What a graph holds fixed (adapters, storage of the parameters, shapes, whether all layers are fused) is compared before every replay;
+where it differs the step runs eagerly, and a new graph is recorded when the new state comes again.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from nbkit.config import IGNORE_INDEX
+from nbkit.families import Family
+from nbkit.kernels.linear_cross_entropy import linear_cross_entropy
+from nbkit.models.layer import Binding
+
+EAGER_FIRST = 2  # eager steps of a shape before it is recorded: kernels compile and cuDNN makes its plan in them
+MOST = 8  # graphs at a time: each holds its gradients and the activations of a step
+# Parameters times tokens up to which launches, not the GPU, set the pace (8B at 2,560 tokens, 1B at 16,384).
+LAUNCH_BOUND = 2.0e13
+
+
+class Pending:
+    """The gradients of one replay until its backward: the graph's own memory, copied only if the graph is replayed before."""
+
+    def __init__(self, flat: Tensor) -> None:
+        self.flat: Tensor | None = flat
+        self.used = False
+
+
+@dataclass
+class Recorded:
+    """One graph with the tensors it reads and writes."""
+
+    graph: Any
+    ids: Tensor
+    targets: Tensor
+    items: Tensor
+    loss: Tensor
+    hidden: Tensor
+    flat: Tensor
+    params: list[Tensor]
+    pending: Any = None  # weak reference to the last replay's Pending
+    last_used: int = 0
+
+    def replay(self, ids: Tensor, targets: Tensor, items: float | Tensor | None) -> Pending:
+        last = self.pending() if self.pending is not None else None
+        if last is not None:
+            last.flat = None if last.used else self.flat.clone()
+        self.ids.copy_(ids)
+        self.targets.copy_(targets)
+        self.items.fill_(-1.0 if items is None else items)
+        self.graph.replay()
+        pending = Pending(self.flat)
+        self.pending = weakref.ref(pending)
+        return pending
+
+
+@dataclass
+class Graphs:
+    """The graphs of one model. `on`: whether they are used; `note` says what happened last, for the report."""
+
+    model: nn.Module
+    family: Family
+    binding: Binding
+    on: bool = True
+    note: str = "no step yet"
+    seen: dict[tuple, int] = field(default_factory=dict)
+    recorded: dict[tuple, Recorded] = field(default_factory=dict)
+    clock: int = 0
+    pool: Any = None
+
+    def step(self, ids: Tensor, targets: Tensor, items: float | Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """(loss, hidden states for reading only) of ids and targets (B, T), or None where this step has to run eagerly."""
+        if not self.fits(ids):
+            return None
+        if self.binding.refresh() or not self.recorded:
+            self.forget()
+        key = (tuple(ids.shape), self.binding.keep, self.binding.checkpointed)
+        self.seen[key] = self.seen.get(key, 0) + 1
+        if self.seen[key] <= EAGER_FIRST:
+            self.note = "the first steps of a shape run eagerly"
+            return None
+        if key not in self.recorded:
+            self.recorded[key] = self.record(ids.shape)
+            while len(self.recorded) > MOST:
+                oldest = min(self.recorded, key=lambda k: self.recorded[k].last_used)
+                del self.recorded[oldest], self.seen[oldest]
+        self.clock += 1
+        one = self.recorded[key]
+        one.last_used = self.clock
+        self.note = f"{len(self.recorded)} CUDA graphs, the last of shape {tuple(ids.shape)}"
+        loss = Replay.apply(one, ids, targets, items, *one.params)
+        return loss, ReadOnly.apply(one.hidden.detach().requires_grad_())
+
+    def fits(self, ids: Tensor) -> bool:
+        """Whether this call may be a graph at all; `note` gets the reason if not."""
+        binding = self.binding
+        parts = binding.bound[0].parts if binding.bound else None
+        trained = sum(1 for p in self.model.parameters() if p.requires_grad)
+        reasons = {
+            "graphs are switched off": not self.on,
+            "not every layer takes the fused path": parts is None or bool(binding.reasons),
+            "the tokens are not on the GPU": not ids.is_cuda,
+            "float16 needs the loss scale inside the step": parts is not None and parts.dtype == torch.float16,
+            "more is trained than the LoRA of the decoder layers": trained != sum(len(b.params) for b in binding.bound),
+            "the GPU, not its launches, sets the pace": ids.numel() * self.size() > LAUNCH_BOUND,
+        }
+        self.note = next((reason for reason, holds in reasons.items() if holds), self.note)
+        return not any(reasons.values())
+
+    def size(self) -> int:
+        return sum(g.inputs * g.outputs for b in self.binding.bound for g in b.parts.groups)
+
+    def forget(self) -> None:
+        """Drop all graphs: what they hold fixed has changed."""
+        self.recorded.clear()
+        self.seen.clear()
+        self.pool = None
+
+    def record(self, shape: Sequence[int]) -> Recorded:
+        """Record one micro-step for ids of this shape."""
+        device = self.binding.bound[0].parts.qkv.device
+        ids = torch.zeros(*shape, dtype=torch.int64, device=device)
+        targets = torch.zeros(*shape, dtype=torch.int64, device=device)
+        items = torch.full((), -1.0, device=device)
+        params = [p for b in self.binding.bound for p in b.params]
+        flat = torch.empty(sum(p.numel() for p in params), dtype=params[0].dtype, device=device)
+        graph = torch.cuda.CUDAGraph()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize(device)
+        # Other threads (a data loader's pinning, a panel) may use the GPU meanwhile; only this thread's stream is recorded.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            hidden = self.model.get_submodule(self.family.decoder.base)(input_ids=ids, use_cache=False).last_hidden_state
+            loss = self.loss(hidden, targets, items)
+            grads = torch.autograd.grad(loss, params)
+            torch.cat([g.reshape(-1) for g in grads], out=flat)
+        return Recorded(graph, ids, targets, items, loss.detach(), hidden.detach(), flat, params)
+
+    def loss(self, hidden: Tensor, targets: Tensor, items: Tensor) -> Tensor:
+        """Sum over the labelled rows by `items`, or by their number where that is negative; nothing here waits for the device."""
+        from nbkit.models.forwards import shaping
+
+        head = self.model.get_submodule(self.family.head.module)
+        softcap, scale = shaping(self.model, self.family)
+        rows, labels = hidden.flatten(0, 1), targets.flatten()
+        total = linear_cross_entropy(
+            rows, head.weight, labels, reduction="sum", softcap=softcap, logit_scale=scale, labelled_only=False
+        )
+        count = torch.where(items < 0, (labels != IGNORE_INDEX).sum().to(items.dtype), items)
+        return total / count.clamp(min=1)
+
+
+class Replay(torch.autograd.Function):
+    """One replay as a node of autograd: the loss of `params`, whose gradients the graph has made already."""
+
+    @staticmethod
+    def forward(ctx: Any, one: Recorded, ids: Tensor, targets: Tensor, items: Any, *params: Tensor) -> Tensor:
+        ctx.pending, ctx.params = one.replay(ids, targets, items), [(p.shape, p.numel()) for p in params]
+        return one.loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        if ctx.pending.flat is None:
+            raise RuntimeError("The gradients of this step are gone: another step ran since its first backward; run it forward again.")
+        scaled = ctx.pending.flat * g
+        ctx.pending.used = True
+        parts = scaled.split([n for _, n in ctx.params])
+        return (None, None, None, None, *(part.view(shape) for part, (shape, _) in zip(parts, ctx.params, strict=True)))
+
+
+class ReadOnly(torch.autograd.Function):
+    """The hidden states of a recorded step: they may be read until the next one, and carry no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> None:
+        raise RuntimeError(
+            "Logits of a step that ran as a CUDA graph carry no gradient; patch with graphs=False to train on a loss of your own."
+        )
