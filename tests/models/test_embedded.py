@@ -141,7 +141,10 @@ def test_fetch_converts_once_and_loads(index, capfd):
     assert loaded.source == "cache" and time.perf_counter() - began < 2
     assert loaded.tokenizer.pad_token == loaded.tokenizer.eos_token == "<|im_end|>" and loaded.tokenizer.chat_template == TEMPLATE
     assert loaded.tokenizer.model_max_length == 8192
-    assert loaded.tokenizer("0630, 41 nm. W 5")["input_ids"] == tiny_tokenizer()("0630, 41 nm. W 5")["input_ids"]
+    text = "<|im_start|>user\n 0630, 41 nm.  W 5 é\u2581\U0001f600 don't\t<|im_end|>\n"
+    codes = loaded.tokenizer(text)["input_ids"]
+    assert loaded.tokenizer.decode(codes) == text and codes[0] == 1 and codes[-2] == 2
+    assert loaded.tokenizer("rain. Cook cut")["input_ids"] == tiny_tokenizer()("rain. Cook cut")["input_ids"]
     ids = torch.tensor([[5, 6, 7, 300]])
     with torch.no_grad():
         expected = index.model.bfloat16().float()(ids).logits
