@@ -60,14 +60,13 @@ def report(wording: Wording, fact: dict[str, str], dice: Dice) -> str:
     """What happened is a sentence of its own, anywhere; the other facts come in any order, up to three to a sentence."""
     order = dice.shuffled(("wind", "sea", "speed"))
     order.insert(dice.pick((0, 0, 0, 1, 2, 3)), "time")
-    said = {field: dice.pick(wording.clauses[field]).format(**fact) for field in (*order, "event")}
-    clauses = [said[field] + (dice.pick(wording.tails) if field != "time" else "") for field in order]
+    *clauses, event = (dice.pick(wording.clauses[field]).format(**fact) for field in (*order, "event"))
     sentences = []
     while clauses:
         size = 1 + dice.below(3)
         sentences.append(dice.pick((", ", " and ", ", ")).join(clauses[:size]))
         del clauses[:size]
-    sentences.insert(dice.pick((len(sentences), len(sentences), dice.below(len(sentences) + 1))), said["event"])
+    sentences.insert(dice.pick((len(sentences), len(sentences), dice.below(len(sentences) + 1))), event)
     parts = [dice.pick(wording.openings), *(f"{s[0].upper()}{s[1:]}." for s in sentences), dice.pick(wording.closings)]
     return " ".join(part for part in parts if part)
 

@@ -15,7 +15,6 @@ class Wording:
     clauses: dict[str, tuple[str, ...]]
     events: tuple[str, ...]
     minutes: tuple[int, ...]
-    tails: tuple[str, ...]  # may follow any fact
 
 
 DIRECTIONS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
@@ -44,7 +43,7 @@ TRAIN = Wording(
         "Good morning, sir.",
         "All well.",
     ),
-    closings=("", "", "", "Nothing else to tell.", "That is all for now.", "I will report again.", "Tea is being made.", "Over."),
+    closings=("", "", "", "Nothing else to tell.", "That is all for now.", "I will report again.", "Good night.", "Over."),
     clauses={
         "time": (
             "it is {time}",
@@ -59,9 +58,9 @@ TRAIN = Wording(
             "we reached {time} without trouble",
             "{time} and all awake",
             "eight bells went at {time}",
-            "now, at {time}",
+            "the time is {time}",
             "{time}",
-            "log this for {time}",
+            "noted at {time}",
             "I took the watch at {time}",
             "{time} hours",
         ),
@@ -74,14 +73,14 @@ TRAIN = Wording(
             "force {force} now, and the wind still {direction}",
             "the wind went round to the {direction} and blows {force}",
             "there is wind, {direction}, {force} on the scale",
-            "a {direction} wind of {force} fills the sails",
+            "the {direction} wind fills the sails at {force}",
             "I put the wind at {force}, {direction}",
             "gusts from the {direction}, about {force}",
             "a steady {force} out of the {direction}",
             "weather {direction} {force} and holding",
             "wind {direction} {force}",
             "wind {direction}, force {force}",
-            "wind is {direction} and about {force}",
+            "the wind is {direction}, about {force}",
             "with the wind {direction} at {force}",
             "the wind backed to {direction} {force}",
         ),
@@ -99,7 +98,7 @@ TRAIN = Wording(
             "{sea} seas since breakfast",
             "sea {sea}",
             "the sea remains {sea}",
-            "sea is {sea}",
+            "the sea is still {sea}",
             "with a {sea} sea",
             "the state of the sea is {sea}",
             "I see a {sea} sea",
@@ -222,7 +221,6 @@ TRAIN = Wording(
         "the cabin boy had a birthday",
     ),
     minutes=(0, 10, 15, 20, 30, 40, 45, 50),
-    tails=("", "", "", "", "", " now", " as before", " at present"),
 )
 
 HELD_OUT = Wording(
@@ -245,7 +243,7 @@ HELD_OUT = Wording(
             "as of {time}",
         ),
         "wind": (
-            "the wind comes {direction} and I make it {force}",
+            "the wind comes {direction}, I make it {force}",
             "wind stands {direction} by the vane, force {force}",
             "strength {force}, with the wind {direction}",
             "up here the wind blows {direction} {force}",
@@ -306,5 +304,4 @@ HELD_OUT = Wording(
         "a submarine surfaced astern",
     ),
     minutes=(5, 25, 35, 55),
-    tails=("", "", "", "", " again", " by my count"),
 )
