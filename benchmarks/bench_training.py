@@ -91,33 +91,34 @@ class Nbkit:
     """The patched model, as `nbkit.patch` leaves it."""
 
     name = "nbkit"
+    graphs = True
 
     def __init__(self, level: int | None) -> None:
         self.level = level
 
     def enter(self, model: torch.nn.Module) -> None:
-        from types import MethodType, SimpleNamespace
+        import nbkit
+        from nbkit.models.layer import Keep, binding_of
 
-        from nbkit.families import find
-        from nbkit.kernels.linear_cross_entropy import linear_cross_entropy
-        from nbkit.models.layer import Keep, bind
-
-        causal = model.get_base_model()
-        self.binding = bind(causal, find("llama"))
+        nbkit.patch(model, graphs=self.graphs)
         if self.level is not None:
-            self.binding.keep = Keep(self.level)
-
-        def forward(self, input_ids=None, labels=None, **kwargs):
-            h = self.model(input_ids).last_hidden_state
-            target = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-            return SimpleNamespace(loss=linear_cross_entropy(h.flatten(0, 1), self.lm_head.weight, target.flatten()))
-
-        causal.forward = MethodType(forward, causal)
+            binding_of(model).keep = Keep(self.level)
 
     def leave(self, model: torch.nn.Module) -> None:
-        print("HOW", self.binding.how, self.binding.reasons)
-        del model.get_base_model().forward
-        self.binding.release()
+        import nbkit
+        from nbkit.models.forwards import GRAPHS
+        from nbkit.models.layer import binding_of
+
+        graphs, binding = vars(model.get_base_model()).get(GRAPHS), binding_of(model)
+        print(f"  {self.name}: {sorted(binding.how)}; {graphs.note if graphs else 'no graphs'}; stock {binding.reasons}")
+        nbkit.unpatch(model)
+
+
+class Eager(Nbkit):
+    """The patched model without CUDA graphs."""
+
+    name = "eager"
+    graphs = False
 
 
 class Stock:
@@ -169,21 +170,49 @@ def parity(model, ids) -> tuple[float, float, torch.Tensor]:
     return float(loss), float(flat.norm()), flat
 
 
-def run_row(row: str, arms: list[str], rounds: int, steps: int, profile: bool) -> list[dict]:
+def float32_gradients(model, ids) -> torch.Tensor:
+    """The gradients of a float32 copy of the model (NF4 dequantised exactly), with checkpointing."""
+    import copy
+
+    import bitsandbytes as bnb
+
+    twin = copy.deepcopy(model)
+    for parent in list(twin.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, bnb.nn.Linear4bit):
+                full = torch.nn.Linear(child.in_features, child.out_features, False, device="meta")
+                full.weight = torch.nn.Parameter(
+                    bnb.functional.dequantize_4bit(child.weight.data, child.weight.quant_state).float(), False
+                )
+                if hasattr(parent, "base_layer") and name == "base_layer":
+                    parent.base_layer = full
+                else:
+                    setattr(parent, name, full)
+    twin = twin.float()
+    twin.gradient_checkpointing_enable({"use_reentrant": False})
+    twin.enable_input_require_grads()
+    flat = parity(twin, ids)[2]
+    del twin
+    gc.collect()
+    torch.cuda.empty_cache()
+    return flat
+
+
+def run_row(row: str, arms: list[str], rounds: int, steps: int, profile: bool, truth_wanted: bool) -> list[dict]:
     name, weights, sizes, *options = row.split(":")
     batch, tokens = (int(n) for n in sizes.split("x"))
     rank = next((int(o[1:]) for o in options if o[0] == "r"), 16)
     level = next((int(o[1:]) for o in options if o[0] == "L"), None)
     model = build(name, weights, rank)
     vocab = model.config.vocab_size
-    chosen = [arm(level) for arm in (Stock, Nbkit) if arm.name in arms]
+    chosen = [arm(level) for arm in (Stock, Eager, Nbkit) if arm.name in arms]
     make = torch.Generator("cuda").manual_seed(1)
     ids = torch.randint(3, vocab - 1, (batch, tokens), device="cuda", generator=make)
-    results, truth = {}, None
+    results, truth = {}, float32_gradients(model, ids) if truth_wanted else None
     for arm in chosen:
         with entered(arm, model):
-            for _ in range(2):
-                loss, norm, flat = parity(model, ids)  # the second run takes the attention that a repeated shape gets
+            for _ in range(4):  # the second takes the attention of a repeated shape, the third may be a graph
+                loss, norm, flat = parity(model, ids)
         truth = flat if truth is None else truth
         difference = float((flat - truth).norm() / truth.norm())
         results[arm.name] = dict(
@@ -197,7 +226,7 @@ def run_row(row: str, arms: list[str], rounds: int, steps: int, profile: bool) -
             gc.collect()
             torch.cuda.empty_cache()
             with entered(arm, model):
-                timed(model, optimizer, make, 2, vocab, (batch, tokens))  # warm-up of this round
+                timed(model, optimizer, make, 4, vocab, (batch, tokens))  # warm-up of this round
                 torch.cuda.reset_peak_memory_stats()
                 seconds[arm.name] += timed(model, optimizer, make, steps, vocab, (batch, tokens))
                 results[arm.name]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
@@ -211,7 +240,7 @@ def run_row(row: str, arms: list[str], rounds: int, steps: int, profile: bool) -
     return list(results.values())
 
 
-class entered:  # noqa: N801  (reads as a keyword)
+class entered:  # in lower case: it reads as a keyword
     def __init__(self, arm, model) -> None:
         self.arm, self.model = arm, model
 
@@ -229,22 +258,39 @@ def show_profile(model, optimizer, ids, title: str) -> None:
     with profiled(activities=[ProfilerActivity.CUDA]) as seen:
         step(model, optimizer, ids)
         torch.cuda.synchronize()
-    table = seen.key_averages()
+    table = [e for e in seen.key_averages() if e.self_device_time_total > 0]
     total = sum(e.self_device_time_total for e in table)
     print(f"PROFILE {title}: {total / 1e3:.1f} ms of device time, {sum(e.count for e in table)} launches")
-    for e in sorted(table, key=lambda e: -e.self_device_time_total)[:22]:
+    if sum(e.count for e in table):
+        show_host(model, optimizer, ids)
+    for e in sorted(table, key=lambda e: -e.self_device_time_total)[:30]:
         print(f"  {e.self_device_time_total / 1e3:8.2f} ms {e.count:5d} x {e.key[:110]}")
+
+
+def show_host(model, optimizer, ids) -> None:
+    """Where the host's time of three steps goes."""
+    import cProfile
+    import pstats
+
+    profiler = cProfile.Profile()
+    torch.cuda.synchronize()
+    profiler.enable()
+    for _ in range(3):
+        step(model, optimizer, ids)
+    profiler.disable()
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(28)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="+")
-    parser.add_argument("--arms", default="stock,nbkit")
+    parser.add_argument("--arms", default="stock,eager,nbkit")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default="")
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="device time by kernel, and host time by function")
+    parser.add_argument("--truth", action="store_true", help="gradient errors against a float32 copy of the model")
     given = parser.parse_args()
     where = dict(commit=given.commit or commit(), gpu=torch.cuda.get_device_name(), date=time.strftime("%Y-%m-%d"), **versions())
     rows = []
@@ -252,7 +298,7 @@ def main() -> None:
         start = time.perf_counter()
         with nullcontext():
             try:
-                found = run_row(row, given.arms.split(","), given.rounds, given.steps, given.profile)
+                found = run_row(row, given.arms.split(","), given.rounds, given.steps, given.profile, given.truth)
             except torch.cuda.OutOfMemoryError as error:
                 found = [dict(row=row, arm=given.arms, error=str(error)[:160])]
         for result in found:

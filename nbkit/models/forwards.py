@@ -23,9 +23,11 @@ from nbkit.kernels.linear_cross_entropy import linear_cross_entropy
 from nbkit.kernels.rms_norm import rms_norm
 from nbkit.kernels.rope import rope
 from nbkit.kernels.swiglu import swiglu
+from nbkit.models.layer.bind import causal_only
 from nbkit.models.outputs import LossOutput
 
 MARK = "_nbkit_family"  # instance attribute: the family whose facts the bound forward reads
+GRAPHS = "_nbkit_graphs"  # instance attribute of the causal LM: its recorded steps, if it may have any
 FORWARDS: dict[str, Callable[..., Any]] = {}  # by the name of the op
 
 
@@ -136,21 +138,43 @@ def causal_lm(
     if family is None or labels is None or not all_logits or not own_loss:
         return type(self).forward(self, **inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
     return_dict = kwargs.pop("return_dict", None)
-    outputs = self.get_submodule(family.decoder.base)(**inputs, **kwargs)
-    hidden = outputs.last_hidden_state
     targets = kwargs.get("shift_labels")
     if targets is None:  # tokens before n predict n
         targets = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
-    loss = head_loss(self, family, hidden, targets, kwargs.get("num_items_in_batch"))
-    made = LossOutput(
-        loss=loss,
-        past_key_values=outputs.past_key_values,
-        hidden_states=outputs.hidden_states,
-        attentions=outputs.attentions,
-    )
+    items = kwargs.get("num_items_in_batch")
+    recorded = _recorded(self, inputs, targets, kwargs)
+    if recorded is not None:
+        loss, hidden = recorded
+        made = LossOutput(loss=loss)
+    else:
+        outputs = self.get_submodule(family.decoder.base)(**inputs, **kwargs)
+        hidden = outputs.last_hidden_state
+        loss = head_loss(self, family, hidden, targets, items)
+        made = LossOutput(
+            loss=loss,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
     made.attach(lambda: _logits(self, family, hidden), listed=not self.training)
     wanted = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
     return made if wanted else made.to_tuple()
+
+
+def _recorded(
+    model: Any, inputs: dict[str, Any], targets: torch.Tensor, kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """This step's (loss, hidden states) from a recorded graph, or None if it has to run eagerly."""
+    graphs = vars(model).get(GRAPHS)
+    plain = {"input_ids", "attention_mask", "use_cache"}
+    if graphs is None or not model.training or not torch.is_grad_enabled() or inputs["use_cache"]:
+        return None
+    given = {name for name, value in (inputs | kwargs).items() if value is not None}
+    if not given <= plain | {"num_items_in_batch", "shift_labels"}:
+        return None
+    if torch.is_autocast_enabled("cuda") or not causal_only(inputs["attention_mask"]):
+        return None
+    return graphs.step(inputs["input_ids"], targets, kwargs.get("num_items_in_batch"))
 
 
 def head_loss(

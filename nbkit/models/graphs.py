@@ -4,8 +4,8 @@ A graph is recorded for a shape that comes again and again, and replayed with ne
 To autograd it is one node: its forward replays the graph, which leaves the loss and the gradients for an upstream gradient of 1;
 its backward multiplies them by the upstream gradient. So accumulation, hooks, clipping and any optimizer work as before.
 
-What a graph holds fixed (adapters, storage of the parameters, shapes, whether all layers are fused) is compared before every replay;
-where it differs the step runs eagerly, and a new graph is recorded when the new state comes again.
+What a graph holds fixed (adapters, storage of parameters, shapes, that all layers are fused) is compared before every replay;
+where it differs the step runs eagerly, and a graph is recorded anew when the new state has come twice.
 """
 
 from __future__ import annotations
@@ -78,14 +78,18 @@ class Graphs:
     seen: dict[tuple, int] = field(default_factory=dict)
     recorded: dict[tuple, Recorded] = field(default_factory=dict)
     clock: int = 0
+    version: int = -1  # the binding's, as the graphs know it
+    trained: int = 0  # parameters with a gradient, counted when the version changed: walking over all takes half a millisecond
     pool: Any = None
 
     def step(self, ids: Tensor, targets: Tensor, items: float | Tensor | None) -> tuple[Tensor, Tensor] | None:
         """(loss, hidden states for reading only) of ids and targets (B, T), or None where this step has to run eagerly."""
+        self.binding.refresh()
         if not self.fits(ids):
             return None
-        if self.binding.refresh() or not self.recorded:
+        if self.version != self.binding.version:
             self.forget()
+            self.version = self.binding.version
         key = (tuple(ids.shape), self.binding.keep, self.binding.checkpointed)
         self.seen[key] = self.seen.get(key, 0) + 1
         if self.seen[key] <= EAGER_FIRST:
@@ -97,6 +101,7 @@ class Graphs:
                 oldest = min(self.recorded, key=lambda k: self.recorded[k].last_used)
                 del self.recorded[oldest], self.seen[oldest]
         self.clock += 1
+        self.binding.scratch.owner.clear()  # the replay dequantises into it behind its back
         one = self.recorded[key]
         one.last_used = self.clock
         self.note = f"{len(self.recorded)} CUDA graphs, the last of shape {tuple(ids.shape)}"
@@ -107,13 +112,14 @@ class Graphs:
         """Whether this call may be a graph at all; `note` gets the reason if not."""
         binding = self.binding
         parts = binding.bound[0].parts if binding.bound else None
-        trained = sum(1 for p in self.model.parameters() if p.requires_grad)
+        if self.version != binding.version:
+            self.trained = sum(1 for p in self.model.parameters() if p.requires_grad)
         reasons = {
             "graphs are switched off": not self.on,
             "not every layer takes the fused path": parts is None or bool(binding.reasons),
             "the tokens are not on the GPU": not ids.is_cuda,
             "float16 needs the loss scale inside the step": parts is not None and parts.dtype == torch.float16,
-            "more is trained than the LoRA of the decoder layers": trained != sum(len(b.params) for b in binding.bound),
+            "more is trained than the LoRA of the decoder layers": self.trained != sum(len(b.params) for b in binding.bound),
             "the GPU, not its launches, sets the pace": ids.numel() * self.size() > LAUNCH_BOUND,
         }
         self.note = next((reason for reason, holds in reasons.items() if holds), self.note)
@@ -173,7 +179,9 @@ class Replay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         if ctx.pending.flat is None:
-            raise RuntimeError("The gradients of this step are gone: another step ran since its first backward; run it forward again.")
+            raise RuntimeError(
+                "The gradients of this step are gone: another step ran since its first backward; run it forward again."
+            )
         scaled = ctx.pending.flat * g
         ctx.pending.used = True
         parts = scaled.split([n for _, n in ctx.params])

@@ -17,9 +17,14 @@ from torch import nn
 from nbkit.errors import ModelError
 from nbkit.families import Family, all_families, find
 from nbkit.kernels._launch import MIN_CAPABILITY, runs_on
-from nbkit.models.forwards import MARK, bind, is_bound, plain_head, unbind
+from nbkit.models.forwards import GRAPHS, MARK, bind, is_bound, plain_head, unbind
+from nbkit.models.graphs import Graphs
+from nbkit.models.layer import bind as bind_whole
+from nbkit.models.layer import binding_of
 
 TITLES = {
+    "layer": "whole decoder layer, one node with a hand-written backward",
+    "graphs": "micro-steps recorded as CUDA graphs where launches set the pace",
     "rms_norm": "RMSNorm",
     "rope": "attention with rope",
     "swiglu": "gated MLP with swiglu",
@@ -69,11 +74,13 @@ class PatchReport:
         return "\n".join(lines)
 
 
-def patch(model: Any) -> PatchReport:
-    """Bind nbkit's forwards to the modules of one model; patching twice changes nothing.
+def patch(model: Any, *, graphs: bool = True) -> PatchReport:
+    """Bind nbkit's forwards to the modules of one model; patching twice changes nothing but `graphs`.
 
     Args:
         model: a transformers causal LM of a declared family, or a PEFT model of one, on any device, also in 4 bits.
+        graphs: whether training steps of a shape that returns may be recorded as CUDA graphs. A recorded step gives the
+            loss and the gradients of all LoRA parameters; logits read from it carry no gradient.
     With labels the loss is computed from the labelled rows alone; the output's `logits` are then made when they are read.
     A family that is not declared, or a GPU below capability 7.0, runs stock; the report says so.
     Raises: ModelError for an object that is no transformers model.
@@ -90,6 +97,8 @@ def patch(model: Any) -> PatchReport:
         found += bind_layer(layer, family, f"{family.decoder.layers}.{index}")
     found.append(_bind(base, family.decoder.final_norm, "rms_norm", family))
     found.append(_bind_head(base, family))
+    if device.type == "cuda":
+        found += _bind_whole_layers(base, family, graphs)
     return PatchReport(
         **about,
         runs="Triton kernels" if runs_on(device) else "plain PyTorch in place of the kernels",
@@ -103,7 +112,12 @@ def unpatch(model: Any) -> None:
 
     Raises: ModelError for an object that is no transformers model.
     """
-    for module in _base(model).modules():
+    base = _base(model)
+    vars(base).pop(GRAPHS, None)
+    binding = binding_of(base)
+    if binding is not None:
+        binding.release()
+    for module in base.modules():
         unbind(module)
 
 
@@ -119,6 +133,20 @@ def bind_layer(layer: nn.Module, family: Family, path: str) -> list[Bound | Skip
         (family.mlp.module, "swiglu", _mlp_reason(layer, family)),
     ):
         found.append(_bind(layer, name, op, family, path) if reason is None else Skipped(f"{path}.{name}", reason))
+    return found
+
+
+def _bind_whole_layers(base: Any, family: Family, graphs: bool) -> list[Bound | Skipped]:
+    """The fused layer where it fits. What it hands on to the layer's own forward finds the pieces above bound there."""
+    binding = bind_whole(base, family)
+    path = family.decoder.layers
+    found: list[Bound | Skipped] = [Bound(f"{path}.{one.parts.index}", "layer") for one in binding.bound]
+    found += [Skipped(f"{path}.{index}", f"{why}; its parts are bound one by one") for index, why in binding.reasons.items()]
+    if plain_head(base.get_submodule(family.head.module)) is None and graphs:
+        vars(base)[GRAPHS] = Graphs(base, family, binding)
+        found.append(Bound("", "graphs"))
+    else:
+        vars(base).pop(GRAPHS, None)
     return found
 
 

@@ -35,6 +35,7 @@ class Binding:
         self.bound: list[BoundLayer] = []
         self.keep: Keep | None = None
         self.how: set[str] = set()  # the attention implementations met, for the report
+        self.version = 0  # goes up when anything changes that a recorded step holds fixed
         self.writer: BorderWriter | None = None
         self.causal: Tensor | None = None  # stands for the mask in a forward that needs none but the causal one
         for index, layer in enumerate(layers):
@@ -58,15 +59,14 @@ class Binding:
         """Whether gradient checkpointing is on; here it is a level, and the stock wrapper is not used."""
         return any(layer.checkpointed for layer in self.bound)
 
-    def refresh(self) -> bool:
-        """Read all adapters again; True if anything that a recorded step holds fixed has changed."""
+    def refresh(self) -> None:
+        """Read all adapters again; `version` goes up if anything changed."""
         changed = False
         for layer in self.bound:
             changed |= layer.refresh()
         if changed or self.writer is None or self.writer.stale():
             self.writer = BorderWriter([c for b in self.bound for g in b.parts.groups for c in g.borders()])
-            return True
-        return False
+            self.version += 1
 
     def before(self, kwargs: dict[str, Any]) -> None:
         """At the start of each forward: bring the borders up to date, and say once for all layers what the mask is."""

@@ -13,7 +13,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def lora(family: str, *, rank: int = 4, alpha: int = 6, seed: int = 0, targets: list[str] | None = None, **options: Any) -> Any:
-    """A toy model of `family` in training mode whose LoRA matrices are all non-zero. `options`: config keys and `lora_dropout` etc."""
+    """A toy model of `family` in training mode whose LoRA matrices are all non-zero. `options`: of the config or LoRA."""
     adapter = {k: options.pop(k) for k in ("lora_dropout", "use_dora", "rank_pattern", "use_rslora") if k in options}
     model = tiny_model(family, seed=seed, **options)
     model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets or TARGETS, **adapter))
@@ -25,7 +25,7 @@ def fill(model: Any, seed: int = 0) -> None:
     make = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if "lora_" in name:
-            p.data.copy_(torch.randn(p.shape, generator=make).to(p) * (0.1 if "lora_B" in name else p.shape[1] ** -0.5))
+            p.data.copy_(torch.randn(p.shape, generator=make).to(p) * (0.1 if "lora_B" in name else p.shape[-1] ** -0.5))
 
 
 def batch(rows: int = 3, tokens: int = 19, *, seed: int = 1, padded: bool = False) -> dict[str, torch.Tensor]:

@@ -138,3 +138,54 @@ def test_a_step_launches_the_kernels_it_claims():
     assert counts["_dequantize_rows"] == layers * 7 * 2 - 7
     assert counts["_rotate_pack"] == layers and counts["_rotate_kernel"] == layers
     binding.release()
+
+
+def test_recorded_steps_give_the_eager_gradients_and_follow_the_optimizer():
+    import nbkit
+    from nbkit.models.forwards import GRAPHS
+
+    for four_bit in (False, True):
+        eager, recorded = (lora_on_gpu(dtype=torch.bfloat16, four_bit=four_bit) for _ in range(2))
+        nbkit.patch(eager, graphs=False)
+        nbkit.patch(recorded)
+        losses = []
+        for model in (eager, recorded):
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+            seen = []
+            for i in range(8):
+                inputs = on_gpu(tokens=64, seed=i % 3)
+                inputs["labels"][:, : 10 * (i % 3)] = -100
+                loss = model(**inputs).loss
+                loss.backward()
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                seen += [loss.item(), norm.item()]
+            losses.append(seen)
+        assert vars(recorded.get_base_model())[GRAPHS].recorded, vars(recorded.get_base_model())[GRAPHS].note
+        assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+
+
+def test_recorded_steps_accumulate_switch_adapters_and_wait_for_their_backward():
+    import nbkit
+    from nbkit.models.forwards import GRAPHS
+
+    model = lora_on_gpu(dtype=torch.bfloat16)
+    nbkit.patch(model)
+    one, two = on_gpu(tokens=64, seed=1), on_gpu(tokens=64, seed=2)
+    for _ in range(3):
+        a, b = step(model, **one), step(model, **two)
+    assert vars(model.get_base_model())[GRAPHS].recorded
+    first, second = model(**one).loss, model(**two).loss  # two replays before any backward
+    (first + 2 * second).backward()
+    for n, p in model.named_parameters():
+        if p.grad is not None:
+            assert torch.allclose(p.grad, a[1][n] + 2 * b[1][n], rtol=1e-3, atol=1e-6), n
+    with pytest.raises(RuntimeError, match="carry no gradient"):
+        model(**one).logits.sum().backward()
+    model.zero_grad()
+    with model.disable_adapter(), torch.no_grad():
+        off = model(**one).loss.item()
+    assert step(model, **one)[0] == pytest.approx(a[0], rel=1e-3) and off != pytest.approx(a[0], rel=1e-5)
+    nbkit.unpatch(model)
+    assert step(model, **one)[0] == pytest.approx(a[0], rel=1e-2)
