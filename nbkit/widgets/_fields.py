@@ -41,8 +41,15 @@ def labelled(widget: Any, label: str, wide: bool = False) -> Any:
     return widget
 
 
-def _kept(label: str, widget: Any, value: Any) -> None:
+def sendable(said: str) -> bool:
+    """Whether a text can be sent to a front end: half of a surrogate pair has no UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in said)
+
+
+def keep(label: str, widget: Any, value: Any) -> None:
     """Write a value; a widget that cannot hold it, or would hold another, refuses aloud."""
+    if isinstance(value, str) and not sendable(value):
+        raise ConfigError(f"{label} cannot be {short(value)}: it holds half a surrogate pair, which no front end can show.")
     before = widget.value
     try:
         widget.value = value
@@ -64,7 +71,7 @@ def text(label: str, value: str = "", hint: str = "", wide: bool = False) -> Fie
     def write(new: Any) -> None:
         if not isinstance(new, str):
             raise ConfigError(f"{label} takes text, not {short(new)}.")
-        _kept(label, widget, new)
+        keep(label, widget, new)
 
     return Field(label, widget, (widget,), lambda: widget.value.strip(), write)
 
@@ -84,7 +91,7 @@ def optional(label: str, parse: Callable[[str], Any], takes: str, hint: str = ""
         said = "" if new is None else str(new)
         if said:
             checked(said)
-        _kept(label, widget, said)
+        keep(label, widget, said)
 
     return Field(label, widget, (widget,), lambda: checked(widget.value.strip()) if widget.value.strip() else None, write)
 
@@ -96,7 +103,7 @@ def whole(label: str, value: int) -> Field:
     def write(new: Any) -> None:
         if not isinstance(new, int) or isinstance(new, bool):
             raise ConfigError(f"{label} takes a whole number, not {short(new)}.")
-        _kept(label, widget, new)
+        keep(label, widget, new)
 
     return Field(label, widget, (widget,), lambda: int(widget.value), write)
 
@@ -108,7 +115,7 @@ def real(label: str, value: float) -> Field:
     def write(new: Any) -> None:
         if not isinstance(new, (int, float)) or isinstance(new, bool):
             raise ConfigError(f"{label} takes a number, not {short(new)}.")
-        _kept(label, widget, float(new))
+        keep(label, widget, float(new))
 
     return Field(label, widget, (widget,), lambda: float(widget.value), write)
 
@@ -119,7 +126,7 @@ def slider(label: str, value: float, low: float, high: float, step: float) -> Fi
     def write(new: Any) -> None:
         if not isinstance(new, (int, float)) or isinstance(new, bool) or not low <= new <= high:
             raise ConfigError(f"{label} takes a number from {low} to {high}, not {short(new)}.")
-        _kept(label, widget, float(new))
+        keep(label, widget, float(new))
 
     return Field(label, widget, (widget,), lambda: float(widget.value), write)
 
@@ -158,6 +165,6 @@ def area(label: str, value: str = "", hint: str = "", rows: int = 3) -> Field:
     def write(new: Any) -> None:
         if not isinstance(new, str):
             raise ConfigError(f"{label} takes text, not {short(new)}.")
-        _kept(label, widget, new)
+        keep(label, widget, new)
 
     return Field(label, widget, (widget,), lambda: widget.value, write)

@@ -224,7 +224,10 @@ class Panel(Shown):
         self._quiet = True
         try:
             for name, value in values.items():
-                self._fields[name].write(value)
+                try:
+                    self._fields[name].write(value)
+                except ConfigError as error:  # the session has it all the same
+                    self.message(str(error), "warning")
         finally:
             self._quiet = False
 

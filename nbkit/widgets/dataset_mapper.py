@@ -66,7 +66,7 @@ class DatasetMapper(Panel):
             if unknown:
                 raise ConfigError(f"{_fields.short(unknown[0])} is no role of a column; use {', '.join(self._roles)}.")
             for role, box in self._roles.items():
-                box.value = new.get(role, "")
+                _fields.keep(f"Column of {role}", box, new.get(role, ""))
 
         return Field("Columns", row, tuple(self._roles.values()), read, write)
 
@@ -107,7 +107,7 @@ class DatasetMapper(Panel):
         raws = [report.preview(index).raw for index in range(min(self._rows(), 20))]
         names = list(dict.fromkeys(name for raw in raws if isinstance(raw, dict) for name in raw))
         for box in self._roles.values():
-            box.options = [str(name) for name in names]
+            box.options = [str(name) for name in names if _fields.sendable(str(name))]
         config = self.session.data_config
         settings = {name: getattr(report.recipe, name) for name in ("format", "columns", "system", "too_long")}
         self._take(settings | {"source": config.source, "held_out": config.held_out, "row": 1})

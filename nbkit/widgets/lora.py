@@ -59,7 +59,7 @@ class LoraPanel(Panel):
                 raise ConfigError(f"Target modules are names such as q_proj, not {_fields.short(new)}.")
             for name, box in self._boxes.items():
                 box.value = name in names
-            others.value = ", ".join(name for name in names if name not in self._boxes)
+            _fields.keep("Other modules", others, ", ".join(name for name in names if name not in self._boxes))
 
         return Field("Target modules", row, (*self._boxes.values(), others), read, write)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from typing import Any
@@ -138,6 +139,7 @@ def inert_tree(root: Any) -> str:
         if isinstance(widget, widgets.HTML):
             said.append(inert(widget.value).text)
         assert not isinstance(widget, widgets.HTMLMath)
+        json.dumps(widget.get_state(), ensure_ascii=False, default=str).encode("utf-8")  # as it is sent
     return "".join(said)
 
 

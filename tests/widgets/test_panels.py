@@ -439,7 +439,19 @@ def test_a_reply_that_breaks_off_is_a_sentence(ready: FakeSession) -> None:
 # -- all of them -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("said", CORPUS[::5], ids=lambda said: ascii(said[:20]))
+def given(panel: Any, **values: Any) -> None:
+    """Set what can be set; what has no UTF-8 is refused with a sentence."""
+    try:
+        panel.set(**values)
+    except ConfigError as error:
+        assert "half a surrogate pair" in str(error)
+        assert "\\ud" in ascii(values)
+
+
+SURROGATE = next(said for said in CORPUS if "\ud800" in said)
+
+
+@pytest.mark.parametrize("said", [SURROGATE, *CORPUS[::5]], ids=lambda said: ascii(said[:20]))
 def test_whatever_the_world_says_is_shown_as_text(tmp_path: Path, said: str) -> None:
     """Model names, reasons, messages, rows, column names, findings, prompts, replies, errors: in every panel."""
     session = FakeSession(tmp_path, said=said, failure=TrainingError(said))
@@ -449,17 +461,18 @@ def test_whatever_the_world_says_is_shown_as_text(tmp_path: Path, said: str) -> 
 
     async def drive() -> None:
         name = "named " + said
-        model.set(name=name)
+        given(model, name=name)
         model._buttons["load"].click()
         lora.estimate_for(name)
         lora.click("add")
-        data.set(source=name, format="alpaca", columns={"output": said}, system=said or None)
+        given(data, source=name, format="alpaca", columns={"output": said}, system=said or None)
         data.click("read")
-        chat.set(prompt=said or "hi")
+        chat.set(prompt="hi")
+        given(chat, prompt=said or "hi")
         chat._buttons["send"].click()
         await asyncio.gather(*chat._tasks)
-        chat.click("example")
-        training.set(optimizer=said)
+        chat._buttons["example"].click()
+        given(training, optimizer=said)
         training._buttons["start"].click()
         await asyncio.gather(*training._tasks)
         for panel in panels:
