@@ -58,5 +58,10 @@ def keep_rows(source: Any, workspace: Path) -> str:
 
 
 def _jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
-    # ASCII escapes keep lone surrogates readable as the text they came as.
-    return "".join(json.dumps(dict(row), ensure_ascii=True, default=str) + "\n" for row in rows)
+    # ASCII escapes keep lone surrogates readable as the text they came as; rows that are no objects keep their place and number,
+    # and what JSON cannot hold is written as an object, so that a value refused for its type is not text the next time.
+    def line(row: Any) -> str:
+        value = dict(row) if isinstance(row, Mapping) else row
+        return json.dumps(value, skipkeys=True, default=lambda other: {"type": type(other).__name__}) + "\n"
+
+    return "".join(map(line, rows))

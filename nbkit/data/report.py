@@ -6,11 +6,11 @@ import hashlib
 import html
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from nbkit.config import IGNORE_INDEX, DataRecipe
-from nbkit.data.findings import DROPPED, REFUSED, USED, Finding, RowFault, grouped, rows_text, shorten
+from nbkit.data.findings import DROPPED, REASONS, REFUSED, USED, Finding, RowFault, grouped, rows_text, shorten
 from nbkit.data.formats import Detected, Message, detect, to_conversation
 from nbkit.data.sources import Row, Source, read
 from nbkit.data.template import Labelled, Rendered, Renderer, pieces_of
@@ -28,7 +28,7 @@ class Preview(NamedTuple):
     pieces: list[tuple[str, bool]]  # (text, is it trained?)
 
 
-@dataclass
+@dataclass(repr=False)
 class DataReport:
     """The examples, and what became of every row: `rows_in == used + dropped + refused`.
 
@@ -62,8 +62,8 @@ class DataReport:
     max_seq_length: int
     fingerprint: str
     row_numbers: list[int]
-    _kept: list[_Kept] = field(repr=False)
-    _renderer: Renderer = field(repr=False)
+    _kept: list[_Kept]
+    _renderer: Renderer
 
     @property
     def trained_share(self) -> float:
@@ -87,16 +87,17 @@ class DataReport:
         counts = [f"{self.used:,} used"]
         for outcome, count in ((DROPPED, self.dropped), (REFUSED, self.refused)):
             groups = [g for g in grouped(self.findings) if g[:2] == ("train", outcome)]
-            why = "; ".join(f"{rows_text(numbers)}: {self._reason(reason)}" for _, _, reason, numbers in groups)
+            why = "; ".join(f"{rows_text(numbers)}: {self._reason(part, reason)}" for part, _, reason, numbers in groups)
             if count:
                 counts.append(f"{count:,} {outcome} ({why})")
         tokens = f"trains on {self.trained_tokens:,} of {self.total_tokens:,} tokens ({100 * self.trained_share:.1f} %)"
         return f"{self.rows_in:,} rows in: {', '.join(counts)}; {tokens}"
 
-    def _reason(self, reason: str) -> str:
-        if not reason.startswith("longer than"):
+    def _reason(self, part: str, reason: str) -> str:
+        if reason != REASONS["too_long"]:
             return reason
-        return f"{reason} {self.max_seq_length:,}; the longest has {self.longest:,} tokens"
+        longest = f"; the longest has {self.longest:,} tokens" if part == "train" else ""
+        return f"{reason} {self.max_seq_length:,}{longest}"
 
     def _lines(self) -> list[str]:
         lines = [self._headline(), f"{self.source} is read as {self.reason}"]
@@ -106,11 +107,13 @@ class DataReport:
             if part == "held_out" or outcome == USED:
                 where = "held-out " if part == "held_out" else ""
                 left_out = "" if outcome == USED else f" ({outcome})"
-                lines.append(f"{where}{rows_text(numbers)}: {self._reason(reason)}{left_out}")
+                lines.append(f"{where}{rows_text(numbers)}: {self._reason(part, reason)}{left_out}")
         return lines
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
+
+    __repr__ = __str__  # not thousands of ids
 
     def _repr_html_(self) -> str:
         first, *rest = (html.escape(line) for line in self._lines())

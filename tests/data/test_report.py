@@ -56,6 +56,7 @@ def test_the_sentence() -> None:
     share = 100 * found.trained_tokens / found.total_tokens
     tokens = f"{found.trained_tokens:,} of {found.total_tokens:,} tokens ({share:.1f} %)"
     first, second = str(found).splitlines()
+    assert repr(found) == str(found)
     assert first == f"160 rows in: 158 used, 2 refused (rows 7, 31: the reply is empty); trains on {tokens}"
     assert second.startswith("the list of rows is read as alpaca, because there are columns 'instruction', 'output'")
     assert str(found.findings[0]) == "Row 7: the reply is empty (output) (refused)."
@@ -70,6 +71,8 @@ def test_rows_that_are_too_long_are_refused_or_dropped_and_never_cut() -> None:
     (finding,) = found.findings
     assert re.search(r"the row has [\d,]+ tokens, max_seq_length is 100; raise max_seq_length", finding.sentence)
     assert f"row 4: longer than max_seq_length 100; the longest has {found.longest:,} tokens" in str(found)
+    found = report(rows(2), max_seq_length=100, held_out=many[2:])
+    assert str(found).endswith("held-out row 2: longer than max_seq_length 100 (refused)")
     found = report(many, max_seq_length=100, too_long="drop")
     check(found, 5)
     assert (found.used, found.dropped, found.refused) == (4, 1, 0)
@@ -207,6 +210,18 @@ def test_a_file_gives_what_its_rows_give(tmp_path: Path) -> None:
     table = tmp_path / "a.csv"
     table.write_text(text, encoding="utf-8")
     assert report(table).fingerprint == report(rows(3)).fingerprint
+
+
+def test_rows_kept_as_a_file_give_the_same_report(tmp_path: Path) -> None:
+    from datetime import date
+
+    from nbkit.workspace import keep_rows
+
+    many = [GOOD, None, 3, {**GOOD, "output": date.today()}, {**GOOD, "output": "half \ud800"}, {1: 2, (1, 2): 3}, float("nan")]
+    first, again = report(many), report(keep_rows(many, tmp_path))
+    assert again.fingerprint == first.fingerprint
+    assert [(f.row, f.kind) for f in again.findings] == [(f.row, f.kind) for f in first.findings]
+    check(again, len(many))
 
 
 def test_row_numbers_in_words() -> None:
