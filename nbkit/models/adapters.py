@@ -6,6 +6,7 @@ gradient scaler needs them so. Their initial values depend on the seed alone (a 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from nbkit.config import LoraConfig
@@ -44,11 +45,25 @@ def add_lora(model: Any, lora: LoraConfig) -> Any:
     )
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with quiet_libraries(), torch.random.fork_rng(devices=devices):  # the caller's random state stays as it was
-        torch.manual_seed(lora.seed)
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+        torch.manual_seed(lora.seed)
+        _initialise(adapted)
     if not any("lora_" in name and p.requires_grad for name, p in adapted.named_parameters()):
         raise ModelError("PEFT made no trainable adapter weights for this model; check the targets of LoRA.")
     return adapted
+
+
+def _initialise(adapted: Any) -> None:
+    """a ~ Kaiming uniform as in PEFT, drawn on the CPU in float32: PEFT's own has passed through the base's dtype. b is 0."""
+    import torch
+
+    for module in adapted.modules():
+        if "default" not in getattr(module, "lora_A", ()):
+            continue
+        weight = module.lora_A["default"].weight
+        fresh = torch.empty(weight.shape, dtype=torch.float32)
+        torch.nn.init.kaiming_uniform_(fresh, a=math.sqrt(5))
+        weight.data.copy_(fresh)
 
 
 def _bare(model: Any) -> Any:

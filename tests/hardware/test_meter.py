@@ -1,6 +1,8 @@
 import sys
 import types
 
+import pytest
+
 from nbkit.hardware.meter import Meter, process_peak, release_memory
 
 MIB = 2**20
@@ -50,3 +52,21 @@ def test_vram_counts_the_whole_device(monkeypatch):
     assert state["resets"] == 1
     release_memory()
     assert state["emptied"]
+
+
+@pytest.mark.gpu
+def test_vram_on_a_gpu():
+    import torch
+
+    torch.zeros(1, device="cuda")
+    release_memory()
+    meter = Meter(reset=True)
+    before = meter.read()
+    block = torch.zeros(512 * MIB, dtype=torch.uint8, device="cuda")
+    held = meter.read()
+    assert held.memory == "VRAM" and 500 * MIB < held.used_bytes - before.used_bytes < 700 * MIB
+    del block
+    release_memory()
+    after = meter.read()
+    assert held.used_bytes - after.used_bytes > 500 * MIB
+    assert after.peak_bytes >= held.used_bytes - 64 * MIB

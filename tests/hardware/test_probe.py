@@ -103,3 +103,17 @@ def test_limit_bounds_total_and_free(monkeypatch):
 def test_small_helpers(tmp_path):
     assert disk_free(tmp_path / "a" / "b") == pytest.approx(disk_free(tmp_path), rel=0.1)
     assert cpu_name()
+
+
+@pytest.mark.gpu
+def test_gpu_is_seen_alike_with_and_without_torch(monkeypatch):
+    import torch
+
+    torch.zeros(1, device="cuda")
+    with_torch = probe()
+    monkeypatch.delitem(sys.modules, "torch")
+    without = probe()
+    assert with_torch.device == without.device == "cuda" and with_torch.capability == without.capability
+    assert with_torch.name == without.name and with_torch.bf16 == without.bf16
+    assert abs(with_torch.vram_total_bytes - without.vram_total_bytes) < 2**31
+    assert abs(with_torch.vram_free_bytes - without.vram_free_bytes) < 2**31

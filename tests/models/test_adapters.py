@@ -43,6 +43,15 @@ def test_seed_decides_the_start_bit_for_bit():
     assert any(not torch.equal(first[k], other[k]) for k in first)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_start_does_not_depend_on_the_base(dtype):
+    wide, narrow = (lora_weights(add_lora(build().to(kind), LoraConfig(rank=4))) for kind in (torch.float32, dtype))
+    assert all(torch.equal(wide[k], narrow[k]) for k in wide)
+    bound = 32**-0.5  # Kaiming uniform with a = sqrt(5): 1 / sqrt(inputs)
+    first = next(weight for name, weight in wide.items() if "q_proj.lora_A" in name)
+    assert 0.9 * bound < first.abs().max() <= bound
+
+
 def test_random_state_of_the_caller_is_untouched(tiny_model):
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
@@ -174,3 +183,15 @@ def test_four_bit_base(tmp_path):
     gradients = [p.grad for name, p in adapted.named_parameters() if "lora_B" in name]
     assert len(gradients) == 14 and all(g is not None and g.isfinite().all() and g.abs().max() > 0 for g in gradients)
     assert len(lora_weights(add_lora(adapted, LoraConfig(rank=2, targets=("q_proj",))))) == 4
+
+
+@pytest.mark.gpu
+def test_gpu_starts_from_the_cpus_numbers_and_trains_in_float32():
+    on_cpu = lora_weights(add_lora(build(), LoraConfig(rank=4)))
+    adapted = add_lora(build().to("cuda", torch.bfloat16), LoraConfig(rank=4))
+    on_gpu = lora_weights(adapted)
+    assert {w.dtype for w in on_gpu.values()} == {torch.float32} and {w.device.type for w in on_gpu.values()} == {"cuda"}
+    assert all(torch.equal(on_cpu[name], on_gpu[name].cpu()) for name in on_cpu)
+    ids = torch.tensor([[3, 4, 5, 6]], device="cuda")
+    adapted(ids, labels=ids).loss.backward()
+    assert all(p.grad.isfinite().all() for p in adapted.parameters() if p.requires_grad)

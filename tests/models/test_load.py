@@ -431,3 +431,31 @@ def test_damaged_cache_is_not_used(monkeypatch, folder):
     hub_says(monkeypatch, error=ConnectionError("down"))
     monkeypatch.setattr(embedded, "fetch", lambda progress: folder)
     assert load(ModelConfig(name=embedded.NAME), progress=False).source == "wheel"
+
+
+# -- on a GPU ----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("four", [False, True])
+def test_gpu_takes_the_model_in_the_dtype_of_its_capability(folder, four):
+    loaded = load_folder(folder, load_in_4bit=four)
+    expected = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+    assert {p.device.type for p in loaded.model.parameters()} == {"cuda"}
+    assert loaded.model.get_input_embeddings().weight.dtype == expected and "on the GPU" in loaded.message
+    layers = [m for m in loaded.model.modules() if type(m).__name__ == "Linear4bit"]
+    assert len(layers) == (14 if four else 0) and all(m.compute_dtype == expected for m in layers)
+    assert loaded.model(torch.tensor([[3, 4]], device="cuda")).logits.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_no_wide_copy_of_4bit_weights_stays(tmp_path):
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 320, "num_hidden_layers": 4}
+    folder = save_tiny(tmp_path / "wide", "llama", **sizes)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    loaded = load_folder(folder, load_in_4bit=True)
+    held = torch.cuda.memory_allocated() - before
+    from nbkit.hardware.fit import weight_bytes
+
+    assert held < 1.05 * weight_bytes(loaded.shape, load_in_4bit=True, bytes_per_weight=2)
