@@ -22,7 +22,7 @@ from nbkit.errors import DataError, nearest
 SAMPLES = Path(__file__).parent / "samples"
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 ACCEPTED = "a .jsonl, .json or .csv file, a list of dicts, a datasets.Dataset, a hub id such as org/name, or sample:ships-log"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CELL_LIMIT = 2**31 - 1  # characters; the csv module stops at 131,072 by itself, and takes a C long
 
 
@@ -82,7 +82,7 @@ def _named(name: str) -> Source:
         return _file(path)
     if HUB_ID.fullmatch(name):
         return _hub(name)
-    raise DataError(f"There is no file {name[:200]!r}, and it is no hub name; give {ACCEPTED}.")
+    raise DataError(f"There is no file {name[:200]!r}, and it is no hub id (org/name); give {ACCEPTED}.")
 
 
 def _sample(name: str) -> Source:

@@ -168,7 +168,8 @@ def test_an_unreadable_file_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    "name", ["", "a\0b", "x" * 5000, "no such/thing/at all", "https://example.com/x", "$(rm -rf)", "../..x", "~nobody/x"]
+    "name",
+    ["", "mydata", "a\0b", "x" * 5000, "no such/thing/at all", "https://example.com/x", "$(rm -rf)", "../..x", "~nobody/x"],
 )
 def test_strings_that_are_no_source(name: str) -> None:
     with pytest.raises(DataError):
