@@ -100,7 +100,7 @@ class Nbkit:
         import nbkit
         from nbkit.models.layer import Keep, binding_of
 
-        nbkit.patch(model, graphs=self.graphs)
+        nbkit.patch(model, graphs=self.graphs)  # the planner decides where the row names no level
         if self.level is not None:
             binding_of(model).keep = Keep(self.level)
 
@@ -110,7 +110,8 @@ class Nbkit:
         from nbkit.models.layer import binding_of
 
         graphs, binding = vars(model.get_base_model()).get(GRAPHS), binding_of(model)
-        print(f"  {self.name}: {sorted(binding.how)}; {graphs.note if graphs else 'no graphs'}; stock {binding.reasons}")
+        plan = binding.planner.plan
+        print(f"  {self.name}: {plan}; {sorted(binding.how)}; {graphs.note if graphs else 'no graphs'}; stock {binding.reasons}")
         nbkit.unpatch(model)
 
 
@@ -143,7 +144,7 @@ class Stock:
 def step(model, optimizer, ids) -> tuple[torch.Tensor, torch.Tensor]:
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss.detach(), norm

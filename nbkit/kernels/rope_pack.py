@@ -36,7 +36,8 @@ def rotate_pack_reference(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: 
 
 @jit
 def _turn_heads(
-    X, COS, SIN, OUT, x_h, ROTATE: tl.constexpr, HEADS: tl.constexpr, BLOCK_H: tl.constexpr, HALF: tl.constexpr, BLOCK_K: tl.constexpr
+    X, COS, SIN, OUT, x_h,
+    ROTATE: tl.constexpr, HEADS: tl.constexpr, BLOCK_H: tl.constexpr, HALF: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """All heads of one token, from X (heads apart by x_h) to OUT (side by side)."""
     head = tl.arange(0, BLOCK_H)[:, None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -14,9 +16,10 @@ from nbkit.models import attention
 from nbkit.models.layer.adapters import Unfit
 from nbkit.models.layer.forward import Call
 from nbkit.models.layer.function import GradientRows, LayerFunction
-from nbkit.models.layer.keep import DEFAULT, Keep
+from nbkit.models.layer.keep import Keep
 from nbkit.models.layer.parts import Parts
 from nbkit.models.layer.weights import Scratch
+from nbkit.models.planner import Planner
 
 MARK = "_nbkit_layers"  # instance attribute: of the decoder its Binding, of each layer its BoundLayer
 
@@ -25,15 +28,16 @@ class Binding:
     """All decoder layers of one model on the fused path, bound by `bind` and taken off by `release`.
 
     `reasons` says for each layer index that runs stock why it does; it is brought up to date by every forward.
-    `keep` is the level of all layers; None: level 0, or 4 where gradient checkpointing was asked for.
+    `keep` is the level of all layers; None: the planner's, or level 4 where gradient checkpointing was asked for.
     """
 
     def __init__(self, decoder: nn.Module, layers: list[nn.Module], family: Family, config: Any) -> None:
-        self.decoder, self.family = decoder, family
+        self.decoder, self.family, self.vocab = decoder, family, config.vocab_size
         self.scratch, self.rows, self.shapes = Scratch(), GradientRows(), attention.Shapes()
         self.reasons: dict[int, str] = {}
         self.bound: list[BoundLayer] = []
         self.keep: Keep | None = None
+        self.planner = Planner()
         self.how: set[str] = set()  # the attention implementations met, for the report
         self.version = 0  # goes up when anything changes that a recorded step holds fixed
         self.writer: BorderWriter | None = None
@@ -71,6 +75,7 @@ class Binding:
     def before(self, kwargs: dict[str, Any]) -> None:
         """At the start of each forward: bring the borders up to date, and say once for all layers what the mask is."""
         self.refresh()
+        self.plan(kwargs)
         self.scratch.owner.clear()  # adapters may have been stepped since: what was dequantised with them is old
         self.writer.write()
         self.causal = None
@@ -81,6 +86,36 @@ class Binding:
         if not self.reasons and kwargs.get("position_ids") is None and causal_only(kwargs.get("attention_mask")):
             # A mask of four axes is handed to the layers as it is, so the stock decoder builds none.
             kwargs["attention_mask"] = self.causal = torch.empty(1, 1, 1, 1, device=self.bound[0].parts.qkv.device)
+
+    def plan(self, kwargs: dict[str, Any]) -> None:
+        """Before the first training step of so many tokens: levels, and a copy of NF4 weights, from the memory that is free."""
+        tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        if not torch.is_grad_enabled() or tokens is None or not self.bound or self.keep is not None:
+            return
+        rows = tokens.shape[0] * tokens.shape[1]
+        if self.planner.due(rows, self.checkpointed):
+            plan = self.planner.make(self, rows, self.checkpointed)
+            self.copy_weights(plan.copy)
+            self.refresh()
+
+    @contextmanager
+    def stand_ins(self, leaves: list[Tensor]) -> Iterator[None]:
+        """Within: the layers take `leaves`, one for each LoRA parameter in order, in place of the parameters themselves."""
+        real, place = [layer.params for layer in self.bound], 0
+        for layer in self.bound:
+            count = len(layer.params)
+            layer.params, place = leaves[place : place + count], place + count
+        try:
+            yield
+        finally:
+            for layer, params in zip(self.bound, real, strict=True):
+                layer.params = params
+
+    def copy_weights(self, wanted: bool) -> None:
+        """Hold dequantised copies of NF4 weights, or give them back."""
+        for layer in self.bound:
+            for group in layer.parts.groups:
+                group.copy(wanted)
 
     def release(self) -> None:
         """Give every layer its stock forward and every linear its own weight back."""
@@ -178,7 +213,7 @@ def forward(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | Non
     shape = (b, parts.h, t, parts.k)
     how = attention.choose(shape, hidden_states, scale=parts.scale, mask=mask, window=parts.window, shapes=binding.shapes)
     binding.how.add(f"{how.kind}: {how.why}")
-    keep = binding.keep or (Keep(4) if bound.checkpointed else DEFAULT)
+    keep = binding.keep or binding.planner.keep
     call = Call(parts, keep, how, b, t, [])
     return LayerFunction.apply(hidden_states, cos, sin, mask, call, binding.rows, *bound.params)
 

@@ -51,19 +51,3 @@ class Keep:
 
 LEVELS = (0, 1, 2, 3, 4)
 DEFAULT = Keep(0)
-
-
-def bytes_per_token(level: int, *, hidden: int, intermediate: int, heads: int, kv_heads: int, head: int, size: int = 2) -> int:
-    """Bytes that one layer keeps for one token at `level`, without LoRA's products."""
-    keep = Keep(level)
-    attention = heads * head
-    kept = hidden
-    if keep.attention:
-        kept += attention
-    if keep.mid:
-        kept += hidden
-    if keep.qkv:
-        kept += attention + 2 * kv_heads * head
-    if keep.gate_up:
-        kept += 2 * intermediate
-    return kept * size + (heads * 4 if keep.attention else 0) + 8

@@ -6,7 +6,7 @@
 So base and LoRA are one GEMM over K = I + R with float32 accumulation, with no second pass over the output. With several
 linears (q, k, v) the rows of W are stacked and B is block-diagonal. 16-bit and float32 weights live in the buffer (the
 modules' Parameters become views of it: nothing is held twice); NF4 weights stay packed where bitsandbytes has them and are
-dequantised into one scratch of that form, shared by all layers, once for each use.
+dequantised into one scratch of that form, shared by all layers, at each use, or once for all where memory is free (`copied`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Group:
         bases = [base_of(parent.get_submodule(n)) for n in names]
         self.sizes = tuple(b.out_features for b in bases)
         self.inputs, self.outputs = bases[0].in_features, sum(self.sizes)
-        self.device = bases[0].weight.device
+        self.device: torch.device = bases[0].weight.device
         if any(b.in_features != self.inputs or b.weight.device != self.device for b in bases):
             raise Unfit(f"{', '.join(names)} differ in input size or device")
         self.packed = [Nf4.of(b.weight) for b in bases]
@@ -62,7 +62,8 @@ class Group:
         self.nf4 = all(self.packed)
         self.dtype = self._dtype(bases)
         self.bias = self._bias(bases)
-        self.buffer: Tensor | None = None  # None: in 16 bits before the first use, and for NF4 always
+        self.copied = False  # NF4: whether a dequantised copy is held for good
+        self.buffer: Tensor | None = None  # None: before the first use, and for NF4 that is not copied
         self.terms: list[Term] = []
         self.rank = 0  # border columns in use, padded to RANK_STEP
         self._seen: list[tuple] = [None] * len(names)  # type: ignore[list-item]
@@ -90,7 +91,7 @@ class Group:
         """Read the adapters' state; True if anything changed since the last call. Raises: Unfit."""
         modules = self.parent._modules
         seen = [snapshot(modules[n]) for n in self.names]
-        if all(same(now, before) for now, before in zip(seen, self._seen, strict=True)) and (self.nf4 or self.in_place()):
+        if all(same(now, before) for now, before in zip(seen, self._seen, strict=True)) and self.in_place():
             return False
         found: list[Term] = []
         start = offset = 0
@@ -101,9 +102,12 @@ class Group:
             of_linear = terms(module, start, start + size, offset, name)
             found += of_linear
             start, offset = start + size, offset + sum(t.rank for t in of_linear)
+        self.device = base_of(modules[self.names[0]]).weight.device
+        if self.nf4 and not self.in_place():  # the model was moved
+            self.packed = [Nf4.of(base_of(modules[n]).weight) for n in self.names]
+            self.buffer = None
         self.terms, self.rank, self._seen = found, round_up(offset, RANK_STEP), seen
-        if not self.nf4:
-            self._adopt()
+        self._adopt()
         return True
 
     def use(self, used: list[Term]) -> None:
@@ -114,38 +118,38 @@ class Group:
         self.rank = round_up(max((t.offset + t.rank for t in used), default=0), RANK_STEP)
         self._seen = [None] * len(self.names)  # type: ignore[list-item]
         self.scratch.owner.pop(self.name, None)
-        if not self.nf4:
-            self._adopt()
+        self._adopt()
 
     def in_place(self) -> bool:
-        """Whether the modules' weights still are views of the buffer (`model.to()` would have given them new storage)."""
-        if self.buffer is None:
-            return False
-        first = base_of(self.parent._modules[self.names[0]]).weight
-        return first.data_ptr() == self.buffer.data_ptr()
+        """Whether the modules' weights are where they were last seen; `model.to()` would have given them new storage."""
+        place = self.packed[0].data if self.nf4 else self.buffer
+        module = self.parent._modules[self.names[0]]
+        base = module._modules.get("base_layer", module)
+        return place is not None and base._parameters["weight"].data_ptr() == place.data_ptr()
 
     def weight(self) -> Tensor:
         """(O + R, I + R): the buffer with the weight and border of this group in it, dequantised now if need be."""
-        if not self.nf4:
-            assert self.buffer is not None
+        if self.buffer is not None:
             return self.buffer
         width = self.inputs + round_up(self.rank, STRIDE_STEP)
         out = self.scratch.take(self.name, self.outputs + self.rank, width, self.packed[0].data, self.dtype)
         if self.scratch.owner.get(self.name) is not self:
-            start = 0
-            for packed, size in zip(self.packed, self.sizes, strict=True):
-                mine = [t for t in self.terms if t.start == start]
-                dequantize_nf4(packed, out, start, self.outputs, self.rank, mine)
-                start += size
+            self._dequantise(out)
             used = max((t.offset + t.rank for t in self.terms), default=0)
             if used < self.rank:  # rows of A that pad the rank: garbage times a zero column of B could still be NaN
                 out[self.outputs + used : self.outputs + self.rank].zero_()
             self.scratch.owner[self.name] = self
         return out
 
+    def _dequantise(self, out: Tensor) -> None:
+        start = 0
+        for packed, size in zip(self.packed, self.sizes, strict=True):
+            dequantize_nf4(packed, out, start, self.outputs, self.rank, [t for t in self.terms if t.start == start])
+            start += size
+
     def borders(self) -> list[tuple[Tensor, Tensor, float]]:
-        """(source, destination, factor) of every copy that brings the buffer's border up to date; none for NF4."""
-        if self.nf4 or self.buffer is None:
+        """(source, destination, factor) of every copy that brings the buffer's border up to date; none where there is no buffer."""
+        if self.buffer is None:
             return []
         i, o, w = self.inputs, self.outputs, self.buffer
         copies = []
@@ -155,29 +159,40 @@ class Group:
             copies.append((t.b, w[t.start : t.stop, i:][:, columns], t.scale))
         return copies
 
-    # -- ownership of 16-bit weights -----------------------------------------------------------------------------------
+    # -- ownership of weights ------------------------------------------------------------------------------------------
 
     def _adopt(self) -> None:
-        """Move the weights into one bordered buffer, or only clear its border where they are there with room enough."""
+        """Move 16-bit weights into one bordered buffer (or copy NF4 ones there), unless they are there with room enough."""
+        if self.nf4 and not self.copied:
+            return
         i, o, room = self.inputs, self.outputs, round_up(self.rank, STRIDE_STEP)
         if self.buffer is None or not self.in_place() or self.buffer.shape[1] < i + self.rank:
-            bases = [base_of(self.parent._modules[n]) for n in self.names]
-            self.device = bases[0].weight.device
-            buffer = torch.empty(o + room, i + room, dtype=self.dtype, device=self.device)
-            start = 0
-            for base in bases:
-                rows = buffer[start : start + base.out_features, :i]
-                rows.copy_(base.weight.detach())
-                base.weight.data = rows
-                start += base.out_features
-            self.buffer = buffer
+            self.buffer = self._moved(torch.empty(o + room, i + room, dtype=self.dtype, device=self.device))
         self.buffer[:o, i:].zero_()
         self.buffer[o:].zero_()
         write_borders(self.borders())
 
+    def _moved(self, buffer: Tensor) -> Tensor:
+        if self.nf4:
+            self._dequantise(buffer)
+            return buffer
+        start = 0
+        for name in self.names:
+            base = base_of(self.parent._modules[name])
+            rows = buffer[start : start + base.out_features, : self.inputs]
+            rows.copy_(base.weight.detach())
+            base.weight.data = rows
+            start += base.out_features
+        return buffer
+
+    def copy(self, wanted: bool) -> None:
+        """Hold a dequantised copy of NF4 weights from the next refresh on, or give it back; 16-bit weights stay as they are."""
+        if self.nf4 and wanted != self.copied:
+            self.copied, self.buffer, self._seen = wanted, None, [None] * len(self.names)  # type: ignore[list-item]
+
     def release(self) -> None:
         """Give each module its own contiguous weight back."""
-        if self.buffer is not None and self.in_place():
+        if self.buffer is not None and not self.nf4 and self.in_place():
             for name in self.names:
                 base = base_of(self.parent._modules[name])
                 base.weight.data = base.weight.detach().contiguous().clone()

@@ -1,0 +1,80 @@
+"""Bytes of one training step by part, predicted from sizes alone: what the planner and the panels ask before anything runs.
+
+All counts are for LoRA on frozen weights with the fused layer (models/layer): N rows (batch times tokens), 16-bit activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CHUNK = 256 * 2**20  # the most bytes of logits that exist at a time
+NF4 = 0.5 + 1 / 64 + 4 / 16384  # bytes a weight, with double quantisation
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What decides on a decoder's bytes. `lora`: LoRA parameters; `lora_bytes`, `size`: bytes of one, and of one activation."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head: int
+    vocab: int
+    lora: int
+    lora_bytes: int = 4
+    size: int = 2
+
+    @property
+    def qkv(self) -> int:
+        """Columns of [q | k | v]."""
+        return (self.heads + 2 * self.kv_heads) * self.head
+
+    @property
+    def weights(self) -> int:
+        """Weights of all decoder linears."""
+        attention = self.hidden * self.qkv + self.heads * self.head * self.hidden
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+
+def kept(level: int, s: Sizes) -> int:
+    """Bytes that one layer keeps for one token at `level` (models/layer/keep.py says which tensors)."""
+    attention = s.heads * s.head
+    columns = s.hidden
+    columns += attention if level < 4 else 0
+    columns += s.hidden if level < 3 else 0
+    columns += s.qkv if level < 2 else 0
+    columns += 2 * s.intermediate if level < 1 else 0
+    return columns * s.size + (4 * s.heads if level < 4 else 0) + 8
+
+
+def working(level: int, rows: int, s: Sizes) -> int:
+    """The largest sum of temporaries of one layer: its backward, between down_proj's input gradient and the norm's."""
+    mlp = (3 if level < 1 else 5) * s.intermediate + 4 * s.hidden  # dh, dgate, dup (gate, up again); h, g, g_mid, dh
+    attention = 2 * s.qkv + 2 * s.heads * s.head + 3 * s.hidden  # dq, dk, dv and packed; dout; x's gradients
+    again = (s.qkv if level >= 2 else 0) + (s.heads * s.head if level >= 4 else 0) + (s.hidden if level >= 3 else 0)
+    return rows * s.size * (max(mlp, attention) + again)
+
+
+def head(rows: int, s: Sizes) -> int:
+    """The loss: hidden states, their gradient, one chunk of logits."""
+    return rows * s.hidden * s.size * 3 + min(CHUNK, rows * s.vocab * s.size)
+
+
+def scratch(s: Sizes) -> int:
+    """What NF4 weights of one layer are dequantised into."""
+    return s.weights // s.layers * s.size
+
+
+def step(level: int, rows: int, s: Sizes, *, four_bit: bool, copy: bool = False, optimizer_bytes: int = 8) -> dict[str, int]:
+    """Bytes by part that a training step adds to the loaded model."""
+    parts = {
+        "kept activations": s.layers * rows * kept(level, s),
+        "working memory": max(working(level, rows, s), head(rows, s)),
+        "LoRA gradients": s.lora * s.lora_bytes * 2,
+        "optimizer": s.lora * optimizer_bytes,
+    }
+    if four_bit:
+        parts["16-bit copy of the weights" if copy else "dequantised layer"] = s.weights * s.size if copy else scratch(s)
+    return parts
