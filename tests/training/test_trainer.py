@@ -248,3 +248,24 @@ def test_named_checkpointing_says_what_runs(tmp_path: Any, name: str) -> None:
     assert any(isinstance(e, MessageEvent) and name in e.text for e in run.events)
     _, plain = trained(tmp_path, rig.lora_model(), rig.rows(), "plain")
     assert [event.loss for event in steps] == pytest.approx([event.loss for event in plain], abs=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_patched_model_trains_the_same_and_stays_patched(tmp_path: Any, checkpointing: bool) -> None:
+    import nbkit
+
+    data = rig.rows(12, held_out=4)
+    settings: dict[str, Any] = {"gradient_accumulation": 2, "gradient_checkpointing": checkpointing, "learning_rate": 1e-3}
+    stock = rig.lora_model()
+    stock_run, expected = trained(tmp_path, stock, data, "stock", **settings)
+    model = rig.lora_model()
+    report = nbkit.patch(model)
+    bound = {path: vars(module).get("forward") for path, module in model.named_modules()}
+    run, steps = trained(tmp_path, model, data, "patched", **settings)
+    assert report.bound and {path: vars(module).get("forward") for path, module in model.named_modules()} == bound
+    assert [event.loss for event in steps] == pytest.approx([event.loss for event in expected], abs=3e-6)
+    assert run.result is not None and stock_run.result is not None
+    assert run.result.held_out_before == pytest.approx(stock_run.result.held_out_before, abs=1e-5)
+    assert run.result.held_out_after == pytest.approx(stock_run.result.held_out_after, abs=2e-5)
+    for name, p in rig.adapter(model).items():
+        assert torch.allclose(p, rig.adapter(stock)[name], atol=2e-5), name
