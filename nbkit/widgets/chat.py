@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nbkit.engine import Session
 
 INTERVAL = 0.1  # seconds between two drawings, so at most 10 a second
+SEED = 3407
 KEPT = 8  # exchanges that stay in sight
 REPLY_LIMIT = 6000  # characters of a reply that are shown
 
@@ -44,6 +45,7 @@ class ChatPanel(Panel):
         super().__init__(session)
         self.exchanges: list[Exchange] = []
         self._halt = False
+        self._writing: Any = None  # the stream of the reply that is being written
         self._example = -1
         self._talk = _html.html(self._talk_html())
         prompt = self._field("prompt", _fields.area("Prompt", hint="Ask something; both models answer"))
@@ -74,9 +76,7 @@ class ChatPanel(Panel):
         self._launch(lambda: self._answer(exchange, values, sides, first))
 
     def _stream(self, exchange: Exchange, values: dict[str, Any], adapter: bool) -> Any:
-        return self.session.chat(
-            exchange.prompt, max_new_tokens=values["max_new_tokens"], temperature=values["temperature"], adapter=adapter
-        )
+        return self.session.chat(exchange.prompt, **_asking(values), adapter=adapter)
 
     async def _answer(self, exchange: Exchange, values: dict[str, Any], sides: list[tuple[str, bool]], first: Any) -> None:
         """One reply after the other: both come from the same weights, with the adapter switched off and on."""
@@ -101,9 +101,8 @@ class ChatPanel(Panel):
         def read() -> None:
             for piece in stream:
                 pieces.append(piece)
-                if self._halt:
-                    break
 
+        self._writing = stream
         reader = asyncio.ensure_future(asyncio.to_thread(read))
         try:
             while not reader.done():
@@ -112,11 +111,13 @@ class ChatPanel(Panel):
                 self._draw()
             await reader
         except asyncio.CancelledError:
-            self._halt = True  # the interrupt button: the thread ends at the next piece
+            self._stop()  # the interrupt button: the reply ends with its current token
             raise
 
     def _stop(self) -> None:
         self._halt = True
+        if self._writing is not None:
+            self._writing.stop()
 
     def _take_example(self) -> None:
         """The next prompt of the held-out rows."""
@@ -161,8 +162,8 @@ class ChatPanel(Panel):
 
     def _calls(self) -> list[str]:
         values = self.values()
-        keywords = {"max_new_tokens": values["max_new_tokens"], "temperature": values["temperature"]}
-        keywords = {name: value for name, value in keywords.items() if value != {"max_new_tokens": 128, "temperature": 0.0}[name]}
+        usual = {"max_new_tokens": 128, "temperature": 0.0, "seed": None}
+        keywords = {name: value for name, value in _asking(values).items() if value != usual[name]}
         after = [] if self.session.lora is None else [_code.call("print", [self._ask(values["prompt"], keywords)])]
         return [_code.call("print", [self._ask(values["prompt"], keywords | {"adapter": False})]), *after]
 
@@ -171,6 +172,12 @@ class ChatPanel(Panel):
 
     def _static_body(self) -> _html.Markup:
         return self._talk_html()
+
+
+def _asking(values: dict[str, Any]) -> dict[str, Any]:
+    """How both sides are asked: where chance plays a part, with the same seed."""
+    seed = SEED if values["temperature"] > 0 else None
+    return {"max_new_tokens": values["max_new_tokens"], "temperature": values["temperature"], "seed": seed}
 
 
 def _asked(row: Any) -> str:

@@ -116,11 +116,16 @@ class FakeRun:
 
 class Stream:
     def __init__(self, said: str, pause: float = 0.0) -> None:
-        self.said, self.pause = said, pause
+        self.said, self.pause, self.stopped = said, pause, False
+
+    def stop(self) -> None:
+        self.stopped = True
 
     def __iter__(self) -> Iterator[str]:
         for piece in (self.said[i : i + 7] for i in range(0, len(self.said), 7)):
             time.sleep(self.pause)
+            if self.stopped:
+                return
             yield piece
 
     @property
@@ -215,9 +220,9 @@ class FakeSession:
         return self.run
 
     def chat(
-        self, prompt: str, history: Any = None, max_new_tokens: int = 128, temperature: float = 0.0, adapter: bool = True
+        self, prompt: str, max_new_tokens: int = 128, temperature: float = 0.0, adapter: bool = True, seed: int | None = None
     ) -> Stream:
-        keywords = {"max_new_tokens": max_new_tokens, "temperature": temperature, "adapter": adapter}
+        keywords = {"max_new_tokens": max_new_tokens, "temperature": temperature, "adapter": adapter, "seed": seed}
         self.calls.append(("chat", (prompt,), keywords))
         if self.loaded is None:
             raise ModelError('No model is loaded; call session.load("smollm2-135m-instruct") before you chat.')
