@@ -99,6 +99,8 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     model_type = str(config.get("model_type") or "")
     family = find(model_type)
     facts = family or _GENERIC
+    if family is None and config.get("hidden_size") and not config.get("intermediate_size"):
+        config["intermediate_size"] = 4 * config["hidden_size"]  # GPT-2 and its kin leave it out
     missing = [key for key in _SIZES if not config.get(key)]
     if missing:
         raise ModelError(f"The config of model type {model_type or 'unknown'!r} lacks {', '.join(missing)}.")

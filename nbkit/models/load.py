@@ -16,6 +16,7 @@ from nbkit.config import ModelConfig
 from nbkit.errors import ModelError
 from nbkit.families import Family, find
 from nbkit.hardware.shapes import ModelShape, shape_of
+from nbkit.models.adapters import count_parameters
 from nbkit.models.files import read_json, size_text
 from nbkit.models.quiet import quiet_libraries
 from nbkit.models.resolve import resolve, suggest
@@ -50,7 +51,8 @@ def load(config: ModelConfig, *, token: str | None = None, progress: bool = True
     facts = read_json(found.folder / "config.json")
     _require_native(facts, config.name)
     quantization = _quantization(facts, config)
-    shape = shape_of(facts)
+    family = find(facts.get("model_type", ""))
+    shape = shape_of(facts if family else _usual_names(found.folder, config.name))
     device, dtype = _place(config.dtype)
     _require_memory(config, shape, device, dtype, quantized=bool(quantization or facts.get("quantization_config")))
     with _bars(progress), quiet_libraries():
@@ -60,12 +62,13 @@ def load(config: ModelConfig, *, token: str | None = None, progress: bool = True
     _set_pad(tokenizer, model)
     model.eval()
     held = "4-bit NF4" if getattr(model, "is_loaded_in_4bit", False) else str(dtype).removeprefix("torch.")
-    message = f"{found.message} {shape.parameters:,} parameters in {held} on {'the GPU' if device == 'cuda' else 'the CPU'}."
+    count = count_parameters(model)[1]
+    message = f"{found.message} {count:,} parameters in {held} on {'the GPU' if device == 'cuda' else 'the CPU'}."
+    if family is None:
+        message += f" Model type {shape.model_type!r} is not among nbkit's families, so it runs on transformers' own code."
     if progress:
         print(message)
-    return LoadedModel(
-        model, tokenizer, config.name, found.folder, found.source, message, find(facts.get("model_type", "")), shape
-    )
+    return LoadedModel(model, tokenizer, config.name, found.folder, found.source, message, family, shape)
 
 
 def fetch(name: str, *, revision: str | None = None, token: str | None = None, progress: bool = True) -> str:
@@ -89,6 +92,22 @@ def _require_native(facts: dict[str, Any], name: str) -> None:
             f"transformers knows.{suggest(name)}"
         )
     raise ModelError(f"{name} is of model type {model_type or 'unknown'!r}, which is no causal language model of transformers.")
+
+
+def _usual_names(folder: Path, name: str) -> dict[str, Any]:
+    """The config with the usual names of sizes, where a model type has its own (n_embd for hidden_size)."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"The config of {name} in {folder} cannot be read: {_first_line(error)}") from error
+    return {**config.to_dict(), **{key: getattr(config, key) for key in config.attribute_map if hasattr(config, key)}}
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 def _place(dtype: str) -> tuple[str, Any]:
@@ -163,8 +182,7 @@ def _model(folder: Path, name: str, device: str, dtype: Any, quantization: Any |
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             raise ModelError(f"{name} does not fit into the free GPU memory; close other notebooks, or use 4-bit.") from error
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{name} cannot be loaded from {folder}: {reason}") from error
+        raise ModelError(f"{name} cannot be loaded from {folder}: {_first_line(error)}") from error
     model, found = loaded
     missing = sorted(found["missing_keys"])
     if missing:
@@ -180,8 +198,7 @@ def _tokenizer(folder: Path, name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        raise ModelError(f"The tokenizer of {name} cannot be loaded from {folder}: {reason}") from error
+        raise ModelError(f"The tokenizer of {name} cannot be loaded from {folder}: {_first_line(error)}") from error
 
 
 def _settle_4bit(model: Any, dtype: Any) -> None:

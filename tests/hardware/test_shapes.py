@@ -85,6 +85,9 @@ def test_unknown_name_offers_known_ones():
 def test_unknown_model_type_is_marked():
     config = {"model_type": "new", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     assert not shape_of({**config, "intermediate_size": 16, "vocab_size": 10}).exact
-    with pytest.raises(ModelError, match="'new' lacks intermediate_size, vocab_size"):
+    assert shape_of({**config, "vocab_size": 10}).intermediate == 32  # four times as wide, where the config leaves it out
+    with pytest.raises(ModelError, match="'new' lacks vocab_size"):
         shape_of(config)
+    with pytest.raises(ModelError, match="'llama' lacks intermediate_size, vocab_size"):
+        shape_of({**config, "model_type": "llama"})
     assert shape_of({"text_config": {**config, "intermediate_size": 16, "vocab_size": 10}}).hidden == 8
