@@ -58,7 +58,7 @@ def is_bound(module: nn.Module) -> bool:
 
 
 @_binds("rms_norm")
-def norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+def _norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """RMSNorm."""
     family: Family | None = vars(self).get(MARK)
     if family is None:
@@ -68,7 +68,7 @@ def norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 @_binds("swiglu")
-def mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
+def _mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
     """down(silu(gate(x)) * up(x))."""
     family: Family | None = vars(self).get(MARK)
     if family is None:
@@ -78,7 +78,7 @@ def mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 @_binds("rope")
-def attention(
+def _attention(
     self: Any,
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -111,7 +111,7 @@ def attention(
 
 
 @_binds("linear_cross_entropy")
-def causal_lm(
+def _causal_lm(
     self: Any,
     input_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
