@@ -6,7 +6,7 @@ ROW is MODEL:WEIGHTS:BATCH:TOKENS[:rRANK][:LEVEL], for example 8b:nf4:2x2048 or 
 Weights are random at the true shapes of Llama-3.1-8B and Llama-3.2-1B. A timed step has a fresh batch of random tokens, all
 labelled, and includes clipping and the optimizer (torch's fused AdamW), in the same plain loop for every arm. Before timing, both
 arms take the same batch from the same adapter: their losses and gradient norms stand beside the speeds. Peaks are
-torch.cuda.max_memory_allocated over the arm's rounds.
+torch.cuda.max_memory_allocated over an arm's round, its warm-up (where steps are recorded) included.
 """
 
 from __future__ import annotations
@@ -227,8 +227,8 @@ def run_row(row: str, arms: list[str], rounds: int, steps: int, profile: bool, t
             gc.collect()
             torch.cuda.empty_cache()
             with entered(arm, model):
-                timed(model, optimizer, make, 4, vocab, (batch, tokens))  # warm-up of this round
-                torch.cuda.reset_peak_memory_stats()
+                torch.cuda.reset_peak_memory_stats()  # before the warm-up: a recorded step allocates while it is recorded only
+                timed(model, optimizer, make, 4, vocab, (batch, tokens))
                 seconds[arm.name] += timed(model, optimizer, make, steps, vocab, (batch, tokens))
                 results[arm.name]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
                 if profile and round_ == rounds - 1:

@@ -14,7 +14,7 @@ export PYTORCH_ALLOC_CONF=expandable_segments:True
 what=$1
 shift
 case $what in
-  tests) timeout 400 python3 -m pytest -q -m gpu -p no:cacheprovider "${@:-tests}" 2>&1 | tee "$OUT/tests.log" | tail -60 ;;
+  tests) timeout 400 python3 -m pytest -q -m gpu -p no:cacheprovider ${@:-$(grep -rl --include='test_*.py' 'mark.gpu' tests)} 2>&1 | tee "$OUT/tests.log" | tail -60 ;;
   kernels) timeout 200 python3 benchmarks/bench_kernels.py "$@" 2>&1 | tee "$OUT/kernels.log" | tail -60 ;;
   training) timeout 560 python3 benchmarks/bench_training.py "$@" --out "$OUT/training.csv" 2>&1 | tee "$OUT/training.log" | tail -120 ;;
 esac

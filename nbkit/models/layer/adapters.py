@@ -6,6 +6,7 @@ scale * b (a x). Adapters that are disabled or merged into the base weight add n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -35,32 +36,43 @@ def base_of(module: nn.Module) -> nn.Module:
     return getattr(module, "base_layer", module)
 
 
-def snapshot(module: nn.Module) -> tuple[Any, ...]:
-    """What decides on a linear's terms, cheap to read and to compare: it is read for every linear in every forward."""
-    state = module.__dict__
-    if "scaling" not in state:
-        return (module,)
-    active = state.get("_active_adapter", "default")
-    names = (active,) if isinstance(active, str) else tuple(active)
-    if state.get("_disable_adapters", False) or state.get("merged_adapters"):
-        return (module, None)
-    modules, scaling = module._modules, state["scaling"]
-    a, b = modules["lora_A"]._modules, modules["lora_B"]._modules
-    found = ((a[n]._parameters["weight"], b[n]._parameters["weight"], scaling[n]) for n in names if n in a)
-    return (module, module.training, *found)
+class Watch:
+    """Tells whether anything changed that the terms of some linears were made from; cheap: it is asked in every forward.
 
+    `places` are (dict, key, value): fresh as long as each dict still holds that very value. Lists of merged adapters change
+    in place, so of those it is the emptiness that counts.
+    """
 
-def same(one: tuple[Any, ...], other: tuple[Any, ...] | None) -> bool:
-    """Whether two snapshots agree: parameters by identity (== on tensors compares elements), scales by value."""
-    if other is None or len(one) != len(other):
-        return False
-    for x, y in zip(one, other, strict=True):
-        if isinstance(x, tuple):
-            if x[0] is not y[0] or x[1] is not y[1] or x[2] != y[2]:
+    def __init__(self, parent: nn.Module, names: Sequence[str]) -> None:
+        self.places: list[tuple[dict[str, Any], str, Any]] = []
+        self.merged: list[tuple[list[str], bool]] = []
+        self.frozen: list[Tensor] = []
+        for name in names:
+            module = parent._modules[name]
+            self._see(parent._modules, name)
+            self.frozen += base_of(module).parameters()
+            state = vars(module)
+            if "scaling" not in state:
+                continue
+            for key in ("_disable_adapters", "_active_adapter", "training"):
+                self._see(state, key)
+            self.merged.append((module.merged_adapters, bool(module.merged_adapters)))
+            for adapter in module.active_adapters:
+                if adapter in module.lora_A:
+                    self._see(state["scaling"], adapter)
+                    for half in (module.lora_A, module.lora_B):
+                        self._see(half._modules, adapter)
+                        self._see(half[adapter]._parameters, "weight")
+
+    def _see(self, held: dict[str, Any], key: str) -> None:
+        self.places.append((held, key, held.get(key)))
+
+    def fresh(self) -> bool:
+        """Whether everything is as it was."""
+        for held, key, value in self.places:
+            if held.get(key) is not value:
                 return False
-        elif x is not y:
-            return False
-    return True
+        return all(bool(names) is there for names, there in self.merged) and not any(p.requires_grad for p in self.frozen)
 
 
 def terms(module: nn.Module, start: int, stop: int, offset: int, name: str) -> list[Term]:

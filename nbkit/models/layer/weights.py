@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nbkit.kernels.lora_border import write_borders
 from nbkit.kernels.nf4 import Nf4, dequantize_nf4
-from nbkit.models.layer.adapters import Term, Unfit, base_of, same, snapshot, terms
+from nbkit.models.layer.adapters import Term, Unfit, Watch, base_of, terms
 
 RANK_STEP = 16  # ranks are padded with zeros to a multiple of it: tensor cores read K in such steps
 STRIDE_STEP = 64  # the border's width: rows stay 128-byte aligned in 16 bits
@@ -66,7 +66,7 @@ class Group:
         self.buffer: Tensor | None = None  # None: before the first use, and for NF4 that is not copied
         self.terms: list[Term] = []
         self.rank = 0  # border columns in use, padded to RANK_STEP
-        self._seen: list[tuple] = [None] * len(names)  # type: ignore[list-item]
+        self._watch: Watch | None = None
 
     def _dtype(self, bases: Sequence[nn.Module]) -> torch.dtype:
         if self.nf4:
@@ -89,10 +89,9 @@ class Group:
 
     def refresh(self) -> bool:
         """Read the adapters' state; True if anything changed since the last call. Raises: Unfit."""
-        modules = self.parent._modules
-        seen = [snapshot(modules[n]) for n in self.names]
-        if all(same(now, before) for now, before in zip(seen, self._seen, strict=True)) and self.in_place():
+        if self._watch is not None and self._watch.fresh() and self.in_place():
             return False
+        modules = self.parent._modules
         found: list[Term] = []
         start = offset = 0
         for name, size in zip(self.names, self.sizes, strict=True):
@@ -106,7 +105,7 @@ class Group:
         if self.nf4 and not self.in_place():  # the model was moved
             self.packed = [Nf4.of(base_of(modules[n]).weight) for n in self.names]
             self.buffer = None
-        self.terms, self.rank, self._seen = found, round_up(offset, RANK_STEP), seen
+        self.terms, self.rank, self._watch = found, round_up(offset, RANK_STEP), Watch(self.parent, self.names)
         self._adopt()
         return True
 
@@ -116,7 +115,7 @@ class Group:
             return
         self.terms = used
         self.rank = round_up(max((t.offset + t.rank for t in used), default=0), RANK_STEP)
-        self._seen = [None] * len(self.names)  # type: ignore[list-item]
+        self._watch = None
         self.scratch.owner.pop(self.name, None)
         self._adopt()
 
@@ -186,9 +185,9 @@ class Group:
         return buffer
 
     def copy(self, wanted: bool) -> None:
-        """Hold a dequantised copy of NF4 weights from the next refresh on, or give it back; 16-bit weights stay as they are."""
+        """Hold a dequantised copy of NF4 weights from the next refresh on, or give it back; others stay as they are."""
         if self.nf4 and wanted != self.copied:
-            self.copied, self.buffer, self._seen = wanted, None, [None] * len(self.names)  # type: ignore[list-item]
+            self.copied, self.buffer, self._watch = wanted, None, None
 
     def release(self) -> None:
         """Give each module its own contiguous weight back."""
@@ -196,4 +195,4 @@ class Group:
             for name in self.names:
                 base = base_of(self.parent._modules[name])
                 base.weight.data = base.weight.detach().contiguous().clone()
-        self.buffer, self._seen = None, [None] * len(self.names)  # type: ignore[list-item]
+        self.buffer, self._watch = None, None

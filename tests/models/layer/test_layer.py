@@ -330,3 +330,17 @@ def test_a_trained_base_weight_runs_stock():
     assert list(binding.reasons) == [1] and "up_proj" in binding.reasons[1]
     assert worst(grads, truth[1])[0] < 1e-5 and abs(loss - truth[0]) < 1e-5
     binding.release()
+
+
+def test_a_base_weight_unfrozen_later_gets_its_gradient():
+    model = lora("llama")
+    binding = bound(model)
+    step(model, **batch())
+    weight = model.get_base_model().model.layers[0].self_attn.k_proj.base_layer.weight
+    weight.requires_grad_(True)
+    grads = step(model, **batch())[1]
+    assert list(binding.reasons) == [0] and any("k_proj.base_layer" in n and g.norm() > 0 for n, g in grads.items())
+    weight.requires_grad_(False)
+    step(model, **batch())
+    assert binding.reasons == {}
+    binding.release()
