@@ -33,6 +33,11 @@ JINJA = {
     "{% if message['role'] == 'user' %}{% set first = system + '\n\n' if loop.first and system else '' %}"
     "{{ '[INST] ' + first + message['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}",
+    # a blank between the reply and its stop token
+    "llama-2": "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + message['content'] | trim + ' [/INST]' }}"
+    "{% elif message['role'] == 'system' %}{{ '<<SYS>>\n' + message['content'] + '\n<</SYS>>\n\n' }}"
+    "{% else %}{{ ' ' + message['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}",
     # an empty thinking block before the last reply, which the generation prompt does not hold
     "thinking": "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if loop.last and message['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
@@ -79,6 +84,19 @@ def mistral(messages: Messages) -> Pieces:
     return pieces
 
 
+def llama_2(messages: Messages) -> Pieces:
+    pieces: Pieces = []
+    for message in messages:
+        content = message["content"]
+        if message["role"] == "user":
+            pieces.append((f"{BOS}[INST] {content.strip()} [/INST]", False))
+        elif message["role"] == "system":
+            pieces.append((f"<<SYS>>\n{content}\n<</SYS>>\n\n", False))
+        else:
+            pieces.append((f" {content.strip()} {EOS}", True))
+    return pieces
+
+
 def thinking(messages: Messages) -> Pieces:
     pieces: Pieces = []
     for number, message in enumerate(messages, 1):
@@ -93,9 +111,10 @@ BY_HAND: dict[str, Callable[[Messages], Pieces]] = {
     "llama-3": llama_3,
     "zephyr": zephyr,
     "mistral": mistral,
+    "llama-2": llama_2,
     "thinking": thinking,
 }
-EOS_OF = {"chatml": "<|im_end|>", "llama-3": EOT, "zephyr": EOS, "mistral": EOS, "thinking": "<|im_end|>"}
+EOS_OF = {"chatml": "<|im_end|>", "llama-3": EOT, "zephyr": EOS, "mistral": EOS, "llama-2": EOS, "thinking": "<|im_end|>"}
 TEXT = "Hello there, how are you? assistant user system I am fine [INST] [/INST] the wind is west 5; rain\n\n  think 0123456789 "
 
 

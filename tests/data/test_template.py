@@ -17,7 +17,11 @@ RENDERERS = {(template, kind): Renderer(tokenizer(template, kind)) for template 
 
 WORDS = "Hello|assistant|user|\n|\n\n|  | |[INST]|[/INST]|fine|5|é|e\u0301|日本|😀|🇫🇷|im_end|system\n|\t|\r\n|<think>|ﬁ|\u200f|."
 words = st.sampled_from([*WORDS.split("|"), "<|", "|>", "x" * 40])
-texts = st.lists(words, min_size=1, max_size=6).map("".join).filter(lambda text: text.strip() != "")
+texts = (
+    st.lists(words, min_size=1, max_size=6)
+    .map("".join)
+    .filter(lambda text: text.strip() != "" and not any(s in text for s in SPECIALS))
+)
 chats = st.tuples(
     st.none() | texts,
     st.lists(st.tuples(texts, texts), min_size=1, max_size=4),
@@ -62,7 +66,7 @@ def test_labels_equal_the_oracle(template: str, kind: str, chat: tuple) -> None:
     assert found.labels == labels
     own = renderer.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
     assert list(own["input_ids"]) == ids
-    assert ids.count(renderer.tokenizer.bos_token_id) == text.count("<s>") <= 1
+    assert ids.count(renderer.tokenizer.bos_token_id) == text.count("<s>")
     pieces = list(pieces_of(text, found))
     assert "".join(piece for piece, _ in pieces) == text
     assert all(a[1] != b[1] for a, b in zip(pieces, pieces[1:], strict=False))
@@ -117,9 +121,9 @@ def test_an_empty_system_message_takes_the_default_one_away() -> None:
     renderer = RENDERERS["chatml", "bytes"]
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert "You are helpful" in renderer.render(turns).text
-    assert renderer.render([{"role": "system", "content": ""}, *turns]).text.startswith(
-        "<|im_start|>system\n<|im_end|>\n<|im_start|>user"
-    )
+    empty = [{"role": "system", "content": ""}, *turns]
+    assert renderer.render(empty).text.startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user")
+    assert RENDERERS["mistral", "bytes"].render(empty).text == "<s>[INST] a [/INST] b</s>"  # this template leaves it out
 
 
 def test_a_template_may_refuse_a_row() -> None:
