@@ -46,6 +46,7 @@ class Job:
         self._emit, self._stop_requested = emit, stop_requested
         self._total = total_steps(config.train, len(data.examples))
         self._first = checkpoint.step if checkpoint is not None else 0
+        self._peak = 0  # bytes, as the memory events have it; 0 if nothing was trained
 
     def run(self) -> RunFinished:
         """Held-out loss, training, held-out loss, adapter.
@@ -77,7 +78,7 @@ class Job:
             held_out_before=before,
             held_out_after=after,
             seconds=time.monotonic() - began,
-            peak_bytes=_peak_bytes(),
+            peak_bytes=self._peak,
             adapter_path=adapter,
         )
 
@@ -125,6 +126,7 @@ class Job:
             trainer.train(resume_from_checkpoint=str(self._checkpoint.path) if self._checkpoint is not None else None)
             return trainer.state.global_step, trainer.last_loss
         finally:
+            self._peak = trainer.peak_bytes
             trainer.close()
 
     def _take_up_finished(self) -> tuple[int, float | None]:
@@ -197,9 +199,3 @@ def _device_name(device: Any) -> str:
     import torch
 
     return f"{device} ({torch.cuda.get_device_name(device)})"
-
-
-def _peak_bytes() -> int:
-    from nbkit.hardware.meter import Meter
-
-    return Meter().read().peak_bytes

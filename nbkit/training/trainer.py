@@ -89,11 +89,12 @@ class TrainerMixin:
         self.train_dataset = examples
         # Trainer.train would rewrite the model's special tokens to the tokenizer's, and save the tokenizer with each checkpoint.
         self.processing_class = None
-        # The loss is divided by the tokens of the whole step: nothing is left to scale. The three spellings are
-        # those of transformers 5.15 to 5.18, of 5.19 on, and of TRL's workaround between them.
-        self.model_accepts_loss_kwargs = True
-        self.loss_is_scaled_for_ga = True
-        self.compute_loss_func = None
+        if type(self).compute_loss is token_mean_loss:
+            # The loss is divided by the tokens of the whole step: nothing is left to scale. The three spellings are
+            # those of transformers 5.15 to 5.18, of 5.19 on, and of TRL's workaround between them.
+            self.model_accepts_loss_kwargs = True
+            self.loss_is_scaled_for_ga = True
+            self.compute_loss_func = None
         for callback in [c for c in self.callback_handler.callbacks if type(c).__name__ in _PRINTERS]:
             self.remove_callback(callback)
         self.add_callback(_Boundaries(self))
