@@ -20,7 +20,7 @@ from typing import Any
 import nbformat
 import psutil
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbconvert import HTMLExporter
 
 from nbkit.events import EvalEvent, RunStarted, StepEvent, read_events
@@ -144,7 +144,7 @@ def main() -> int:
     follower.start()
     try:
         runner.execute()
-    except CellExecutionError as error:
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         say(f"\nThe notebook stopped at a cell that failed; see {out / name}.html.\n{error}")
         return 1
     finally:

@@ -71,7 +71,7 @@ def short_quickstart(target: Path, model: str, max_steps: int, without: tuple[st
         if cell.cell_type == "code":
             before = cell.source
             cell.source = cell.source.replace('"smollm2-135m-instruct"', json.dumps(model))
-            cell.source = cell.source.replace("max_steps=40", f"max_steps={max_steps}")
+            cell.source = cell.source.replace("max_steps=50", f"max_steps={max_steps}")
             changed += cell.source != before
     assert changed == 2 or model == "smollm2-135m-instruct", "the quickstart no longer reads as this helper expects"
     notebook.cells = cells

@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_the_example_runs(tiny_model_dir: Path, tmp_path: Path) -> None:
     """As it stands there, on a tiny model and for few steps."""
     (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    short = example.replace('"smollm2-135m-instruct"', repr(str(tiny_model_dir))).replace("max_steps=40", "max_steps=2")
+    short = example.replace('"smollm2-135m-instruct"', repr(str(tiny_model_dir))).replace("max_steps=50", "max_steps=2")
     assert short.count("max_steps=2") == 1 and str(tiny_model_dir) in short
     run(sys.executable, "-c", short, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
     assert list(tmp_path.glob("nbkit-workspace/runs/*/exports/model-q8_0.gguf"))
