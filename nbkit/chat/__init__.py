@@ -1,1 +1,1 @@
-"""Replies from the model in memory: streamed one by one, or many at once, with the adapter on or off."""
+"""Replies of the model in memory: streamed for one conversation, batched for many, with the adapter on or off."""

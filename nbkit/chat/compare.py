@@ -1,14 +1,21 @@
-"""Many replies at once, and the base model's beside the tuned one's."""
+"""Many prompts at once, before and after: batched greedy replies, the share of right fields, both side by side."""
 
 from __future__ import annotations
 
-import html
 import re
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
-from nbkit.chat.prompts import Prompt, answering, render, room, settings
+from nbkit.chat.conversation import text_pieces
+from nbkit.chat.decode import answering, check_room, explained, greedy, tokens
+from nbkit.chat.prompt import conversation, encode, stop_ids
+from nbkit.errors import ConfigError
+
+Prompt = str | Sequence[Mapping[str, str]]
+SHOWN = 600  # characters of a reply in the table
 
 
 def answer_all(
@@ -18,86 +25,125 @@ def answer_all(
     *,
     max_new_tokens: int = 64,
     use_adapter: bool = True,
-    batch_size: int = 16,
+    batch_size: int = 15,
     system: str | None = None,
-    progress: bool = False,
 ) -> list[str]:
-    """Greedy replies in the order of the prompts.
+    """Greedy replies in the order of the prompts. Prompts of like length share a batch, padded on the left.
 
-    Prompts of like length go together, padded on the left, where padding moves no reply: positions and mask count real
-    tokens only.
-
-    Raises: ModelError as `stream` does.
+    Args:
+        prompts: texts, or conversations that end in the user's message.
+    Raises: DataError for a prompt that cannot be asked, ConfigError for a setting out of range.
     """
-    from tqdm import tqdm
-
-    texts = [render(tokenizer, prompt, system) for prompt in prompts]
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    replies = [""] * len(ids)
-    with answering(model, use_adapter), tqdm(total=len(ids), desc="replies", disable=not progress) as bar:
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}; it must be at least 1.")
+    encoded = encode(tokenizer, [conversation(prompt, system) for prompt in prompts])
+    if not encoded:
+        return []
+    room = [check_room(model, len(ids), max_new_tokens) for ids in encoded]
+    stops = stop_ids(model, tokenizer)
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    replies: list[list[int]] = [[] for _ in encoded]
+    pad_id = tokenizer.pad_token_id or 0
+    with answering(model, use_adapter):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            for i, reply in zip(batch, _greedy(model, tokenizer, [ids[i] for i in batch], max_new_tokens), strict=True):
-                replies[i] = reply
-            bar.update(len(batch))
-    return replies
+            _answer(model, encoded, batch, pad_id, room, stops, replies)
+    return ["".join(text_pieces(tokenizer, iter(ids))) for ids in replies]
 
 
-def _greedy(model: Any, tokenizer: Any, rows: list[list[int]], max_new_tokens: int) -> list[str]:
-    import torch
-
-    longest = max(map(len, rows))
-    limit = room(model, longest, max_new_tokens)
-    choices = settings(model, tokenizer, temperature=0.0, top_p=1.0)
-    device = model.get_input_embeddings().weight.device
-    padding = [[choices["pad_token_id"]] * (longest - len(row)) for row in rows]
-    ids = torch.tensor([pad + row for pad, row in zip(padding, rows, strict=True)], device=device)
-    mask = torch.tensor([[0] * len(pad) + [1] * len(row) for pad, row in zip(padding, rows, strict=True)], device=device)
-    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=limit, **choices)
-    return [text.strip() for text in tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
+def _answer(
+    model: Any,
+    encoded: Sequence[Sequence[int]],
+    batch: Sequence[int],
+    pad_id: int,
+    room: Sequence[int],
+    stops: set[int],
+    replies: list[list[int]],
+) -> None:
+    try:
+        for step in tokens(model, [encoded[i] for i in batch], pad_id, [room[i] for i in batch], greedy, stops):
+            for i, token in zip(batch, step, strict=True):
+                if token is not None:
+                    replies[i].append(token)
+    except RuntimeError as error:  # torch's out of memory is one
+        if (sentence := explained(error)) is error:
+            raise
+        raise sentence from None
 
 
 def field_accuracy(reply: str, expected: str) -> tuple[int, int]:
-    """(right, all) fields of `expected`. Fields are separated by ";" or line ends; a field is right if the reply has the
-    same text, apart from case and outer spaces, at the same place. Extra fields of the reply gain nothing."""
-    wanted, got = _fields(expected), _fields(reply)
-    return sum(i < len(got) and got[i] == field for i, field in enumerate(wanted)), len(wanted)
+    """(right, all): how many of the expected fields the reply has at their place.
+
+    Fields are parted by ";" or a new line; case and white space do not count. Further fields in the reply gain nothing.
+
+    >>> field_accuracy("06:30; Wind West 5; sea calm; all well", "06:30; wind west 5; sea rough")
+    (2, 3)
+    """
+    want, got = _fields(expected), _fields(reply)
+    return sum(a == b for a, b in zip(want, got, strict=False)), len(want)
 
 
 def _fields(text: str) -> list[str]:
-    return [part.strip().casefold() for part in re.split(r"[;\n]", text) if part.strip()]
+    trimmed = text.strip("; \n\t\r")
+    return [" ".join(part.split()).casefold() for part in re.split(r"[;\n]", trimmed)] if trimmed else []
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Replies to the same prompts with the adapter off (`before`) and on (`after`)."""
+    """Prompts with the base model's and the tuned model's replies; `expected` where it is known."""
 
     prompts: tuple[str, ...]
     before: tuple[str, ...]
     after: tuple[str, ...]
+    expected: tuple[str, ...] | None = None
 
     def __str__(self) -> str:
-        rows = zip(self.prompts, self.before, self.after, strict=True)
-        return "\n\n".join(f"prompt: {prompt}\nbefore: {before}\nafter:  {after}" for prompt, before, after in rows)
+        blocks = []
+        for i, prompt in enumerate(self.prompts):
+            lines = [_line("prompt", prompt), _line("before", self.before[i]), _line("after", self.after[i])]
+            if self.expected is not None:
+                lines.append(_line("expected", self.expected[i]))
+            blocks.append("\n".join(lines))
+        return "\n\n".join(blocks)
 
     def _repr_html_(self) -> str:
-        head = "<tr><th>prompt</th><th>before</th><th>after</th></tr>"
-        body = "".join(
-            "<tr>"
-            + "".join(f'<td style="text-align:left;white-space:pre-wrap">{html.escape(cell)}</td>' for cell in row)
-            + "</tr>"
-            for row in zip(self.prompts, self.before, self.after, strict=True)
-        )
-        return f"<table>{head}{body}</table>"
+        columns = {"prompt": self.prompts, "before": self.before, "after": self.after}
+        if self.expected is not None:
+            columns["expected"] = self.expected
+        head = "".join(f"<th style='text-align:left'>{name}</th>" for name in columns)
+        rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in zip(*columns.values(), strict=True))
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
 def compare(
-    model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int = 64, system: str | None = None
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    expected: Sequence[str] | None = None,
+    max_new_tokens: int = 64,
+    system: str | None = None,
 ) -> Comparison:
-    """Ask the base model and the tuned one the same, greedily. Raises: ModelError as `stream` does."""
-    sides = [
-        answer_all(model, tokenizer, prompts, max_new_tokens=max_new_tokens, use_adapter=on, system=system)
-        for on in (False, True)
-    ]
-    return Comparison(tuple(prompts), tuple(sides[0]), tuple(sides[1]))
+    """The same prompts through the base model and with the adapter, greedy, both from the weights in memory.
+
+    Raises: ConfigError if `expected` has another length than `prompts`; as `answer_all`.
+    """
+    if expected is not None and len(expected) != len(prompts):
+        raise ConfigError(f"There are {len(prompts)} prompts and {len(expected)} expected replies; give one for each.")
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "system": system}
+    before = answer_all(model, tokenizer, prompts, use_adapter=False, **options)
+    after = answer_all(model, tokenizer, prompts, use_adapter=True, **options)
+    asked = tuple(prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts)
+    return Comparison(asked, tuple(before), tuple(after), None if expected is None else tuple(expected))
+
+
+def _line(name: str, text: str) -> str:
+    return textwrap.fill(_shortened(text), width=110, initial_indent=f"{name:<9} ", subsequent_indent=" " * 10)
+
+
+def _cell(text: str) -> str:
+    return f"<td dir='auto' style='text-align:left;vertical-align:top;white-space:pre-wrap'>{escape(_shortened(text))}</td>"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= SHOWN else text[:SHOWN] + " …"

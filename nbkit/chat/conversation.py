@@ -1,97 +1,22 @@
-"""One reply, streamed as it is written."""
+"""One reply, streamed: a worker thread writes it, whoever iterates reads the pieces as they come."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from nbkit.chat.prompts import Message, answering, render, room, settings
+from nbkit.chat.decode import answering, check_room, explained, lock_of, sampler, tokens
+from nbkit.chat.prompt import conversation, encode, stop_ids
 
-
-class TextStream:
-    """The pieces of a reply, as they are written by a worker thread; iterate over it, or read `.text`.
-
-    The worker starts with the first piece that is asked for. As a cell's last expression it prints itself piece by piece.
-    """
-
-    def __init__(self, write: Any) -> None:
-        self._write = write  # write(put, stopped): generates, and puts pieces of text
-        self._pieces: list[str] = []
-        self._news = threading.Condition()
-        self._halt = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._ended = False
-        self._error: BaseException | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        """Yields pieces of text from the start; leaving the loop early ends the reply. Raises: what generation raised."""
-        self._start()
-        seen = 0
-        try:
-            while True:
-                with self._news:
-                    while len(self._pieces) == seen and not self._ended:
-                        self._news.wait()
-                    fresh = self._pieces[seen:]
-                if not fresh:
-                    break
-                seen += len(fresh)
-                yield from fresh
-        except BaseException:
-            self.stop()
-            raise
-        if self._error is not None:
-            raise self._error
-
-    @property
-    def text(self) -> str:
-        """The whole reply; waits for its end. Raises: what generation raised."""
-        return "".join(self)
-
-    def stop(self) -> None:
-        """End the reply after the token that is being written."""
-        self._halt.set()
-
-    def __str__(self) -> str:
-        return self.text
-
-    def __repr__(self) -> str:
-        return f"TextStream({''.join(self._pieces)!r}{'' if self._ended else ' …'})"
-
-    def _ipython_display_(self) -> None:
-        for piece in self:
-            print(piece, end="", flush=True)
-        print()
-
-    def _start(self) -> None:
-        with self._news:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="nbkit-chat", daemon=True)
-                self._thread.start()
-
-    def _work(self) -> None:
-        try:
-            self._write(self._put, self._halt.is_set)
-        except BaseException as error:  # raised again where the stream is read
-            self._error = error
-        finally:
-            self._write = None  # lets go of the model
-            with self._news:
-                self._ended = True
-                self._news.notify_all()
-
-    def _put(self, piece: str) -> None:
-        if piece:
-            with self._news:
-                self._pieces.append(piece)
-                self._news.notify_all()
+BROKEN = "\ufffd"  # stands for bytes that are no whole character yet
 
 
 def stream(
     model: Any,
     tokenizer: Any,
-    messages: Sequence[Message],
+    messages: str | Sequence[Mapping[str, str]],
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
@@ -100,58 +25,149 @@ def stream(
     seed: int | None = None,
     system: str | None = None,
 ) -> TextStream:
-    """The reply to a conversation that ends with the user's message.
+    """Start a reply; it is written in a thread of its own, one at a time for each model.
 
     Args:
+        messages: the user's text, or messages with role and content that end in the user's.
         temperature: 0 is greedy.
-        top_p: nucleus sampling (arXiv 1904.09751), used when temperature is above 0.
-        use_adapter: False asks the base model, with the LoRA adapter switched off.
-        seed: of the sampling; None goes on with torch's random state.
-    Raises: ModelError for a prompt that fills the context, a tokenizer without a chat template, settings out of range.
+        use_adapter: False asks the base model; the adapter is only switched off while the reply is written.
+        seed: for sampling; the same seed gives the same reply, and the global random state is left alone.
+        system: a system message for a conversation that has none.
+    Raises: DataError or ConfigError at once, for what cannot be asked; errors of the writing itself are raised to
+        whoever reads the stream.
     """
-    text = render(tokenizer, messages, system)
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
-    limit = room(model, inputs["input_ids"].shape[1], max_new_tokens)
-    choices = settings(model, tokenizer, temperature, top_p)
-    device = model.get_input_embeddings().weight.device
+    choose = sampler(temperature, top_p, seed)
+    ids = encode(tokenizer, [conversation(messages, system)])[0]
+    room = check_room(model, len(ids), max_new_tokens)
+    stops = stop_ids(model, tokenizer)
+    pad_id = tokenizer.pad_token_id or 0
 
-    def write(put: Any, stopped: Any) -> None:
-        import torch
-
-        ids, mask = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
-        with answering(model, use_adapter), torch.random.fork_rng(enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            streamer = _streamer(tokenizer, put)
-            model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=limit,
-                streamer=streamer,
-                stopping_criteria=_criteria(stopped),
-                **choices,
-            )
+    def write(should_stop: Callable[[], bool]) -> Iterator[str]:
+        with answering(model, use_adapter, should_stop) as mine:
+            if mine:
+                steps = tokens(model, [ids], pad_id, [room], choose, stops, should_stop)
+                yield from text_pieces(tokenizer, (token for (token,) in steps if token is not None))
 
     return TextStream(write)
 
 
-def _streamer(tokenizer: Any, put: Any) -> Any:
-    """transformers' TextStreamer, whose pieces go to `put`: it holds words back until their bytes are whole."""
-    from transformers import TextStreamer
-
-    class Pieces(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            put(text)
-
-    return Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)
+def is_answering(model: Any) -> bool:
+    """Whether a reply of this model is being written; it must not be trained, exported or changed meanwhile."""
+    return lock_of(model).locked()
 
 
-def _criteria(stopped: Any) -> Any:
-    import torch
-    from transformers import StoppingCriteria, StoppingCriteriaList
+def text_pieces(tokenizer: Any, ids: Iterator[int]) -> Iterator[str]:
+    """Text as it becomes certain. Joined, the pieces are the whole reply without special tokens.
 
-    class Asked(StoppingCriteria):
-        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-            return torch.full((input_ids.shape[0],), stopped(), dtype=torch.bool, device=input_ids.device)
+    Each new token is decoded together with those of the piece before it, since some tokenizers write a token
+    differently at the beginning of a text; bytes of an unfinished character wait for the rest.
+    """
+    kept: list[int] = []
+    shown = 0  # tokens of `kept` whose text is out
 
-    return StoppingCriteriaList([Asked()])
+    def text(of: Sequence[int]) -> str:
+        return tokenizer.decode(of, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    for token in ids:
+        kept.append(token)
+        before, now = text(kept[:shown]), text(kept)
+        if len(now) > len(before) and not now.endswith(BROKEN):
+            yield now[len(before) :]
+            kept = kept[shown:]
+            shown = len(kept)
+    rest = text(kept)[len(text(kept[:shown])) :]
+    if rest:
+        yield rest
+
+
+class TextStream:
+    """A reply that is being written. Iterate for its pieces (again and again, from the start), or read `.text` for all of it.
+
+    As the last expression of a cell it writes itself into the output as it comes. A stream that nobody holds any more stops.
+    """
+
+    def __init__(self, write: Callable[[Callable[[], bool]], Iterator[str]]) -> None:
+        self._page = _Page()
+        # The thread knows the page, not the stream, so that a dropped stream is collected and stops it.
+        self._worker = threading.Thread(target=self._page.fill, args=(write,), name="nbkit-chat", daemon=True)
+        weakref.finalize(self, self._page.stop.set)
+        self._worker.start()
+
+    def __iter__(self) -> Iterator[str]:
+        at = 0
+        while True:
+            try:
+                piece = self._page.piece(at)
+            except KeyboardInterrupt:
+                self.stop()
+                raise
+            if piece is None:
+                return
+            yield piece
+            at += 1
+
+    @property
+    def text(self) -> str:
+        """The whole reply; waits for its end."""
+        return "".join(self)
+
+    @property
+    def done(self) -> bool:
+        """Whether no more will come."""
+        return self._page.done
+
+    def stop(self) -> None:
+        """End the reply after the token that is being computed, and wait for that. What has come stays."""
+        self._page.stop.set()
+        self._worker.join()
+
+    def _ipython_display_(self) -> None:
+        for piece in self:
+            print(_visible(piece), end="", flush=True)
+        print()
+
+    def __repr__(self) -> str:
+        return f"TextStream({'done' if self.done else 'writing'}, {len(self._page.pieces)} pieces)"
+
+
+class _Page:
+    """What is shared between the writing thread and the readers."""
+
+    def __init__(self) -> None:
+        self.pieces: list[str] = []
+        self.done = False
+        self.error: Exception | None = None
+        self.stop = threading.Event()
+        self._changed = threading.Condition()
+
+    def fill(self, write: Callable[[Callable[[], bool]], Iterator[str]]) -> None:
+        pieces = write(self.stop.is_set)
+        error: Exception | None = None
+        try:
+            if not self.stop.is_set():
+                for piece in pieces:
+                    with self._changed:
+                        self.pieces.append(piece)
+                        self._changed.notify_all()
+        except Exception as caught:  # kept for whoever reads
+            error = explained(caught)
+        finally:
+            pieces.close()  # type: ignore[attr-defined]  # lets the model go
+            with self._changed:
+                self.error, self.done = error, True
+                self._changed.notify_all()
+
+    def piece(self, at: int) -> str | None:
+        """The piece at `at`, waited for; None at the end. Raises: the worker's error, after all pieces."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.done or at < len(self.pieces))
+            if at < len(self.pieces):
+                return self.pieces[at]
+            if self.error is not None:
+                raise self.error
+            return None
+
+
+def _visible(piece: str) -> str:
+    """Control characters as their pictures: a reply must not move the cursor or colour what follows."""
+    return "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in piece)
