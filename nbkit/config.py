@@ -166,7 +166,7 @@ class ExportConfig:
         _choice(self.kind, EXPORT_KINDS, "Export kind")
         if self.kind == "gguf":
             object.__setattr__(self, "quantization", self.quantization or "q8_0")
-            _choice(self.quantization, GGUF_TYPES, "GGUF type")
+            _choice(str(self.quantization), GGUF_TYPES, "GGUF type")
         else:
             _require(self.quantization is None, f"quantization={self.quantization!r} goes with kind='gguf' only.")
 

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -25,7 +26,7 @@ def test_rows_from_memory_are_kept_once_and_whole(tmp_path):
     rows = [{"instruction": "a\nb", "output": "ü"}, {"instruction": "x\ud800", "output": None}]
     kept = keep_rows(rows, tmp_path)
     assert keep_rows(iter(rows), tmp_path) == kept
-    assert [json.loads(line) for line in open(kept, encoding="utf-8")] == rows
+    assert [json.loads(line) for line in Path(kept).read_text(encoding="utf-8").splitlines()] == rows
     assert [p.name for p in (tmp_path / "data").iterdir()] == [kept.rsplit("/", 1)[-1]]
     assert keep_rows(rows[:1], tmp_path) != kept
 

@@ -147,7 +147,7 @@ class Group:
             start += size
 
     def borders(self) -> list[tuple[Tensor, Tensor, float]]:
-        """(source, destination, factor) of every copy that brings the buffer's border up to date; none where there is no buffer."""
+        """(source, destination, factor) of every copy that brings the border up to date; none without a buffer."""
         if self.buffer is None:
             return []
         i, o, w = self.inputs, self.outputs, self.buffer
