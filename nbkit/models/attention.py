@@ -63,7 +63,7 @@ def choose(
         return Attend("plain" if window else "efficient", scale, window, f"capability {major}")
     if window is not None:
         return Attend("flash", scale, window, f"sliding window of {window}")
-    if major >= 9 and k % 8 == 0 and k <= _CUDNN_LARGEST_HEAD:
+    if major >= 9 and k <= _CUDNN_LARGEST_HEAD and t > 1:  # cuDNN refuses one token
         if shapes.repeated(b, h, t, k):
             return Attend("cudnn", scale, None, "Hopper or newer")
         return Attend("flash", scale, None, "first batch of this shape")

@@ -172,7 +172,7 @@ def _recorded(
     given = {name for name, value in (inputs | kwargs).items() if value is not None}
     if not given <= plain | {"num_items_in_batch", "shift_labels"}:
         return None
-    if torch.is_autocast_enabled("cuda") or not causal_only(inputs["attention_mask"]):
+    if not causal_only(inputs["attention_mask"]):
         return None
     return graphs.step(inputs["input_ids"], targets, kwargs.get("num_items_in_batch"))
 
@@ -181,7 +181,7 @@ def head_loss(
     model: nn.Module, family: Family, hidden: torch.Tensor, targets: torch.Tensor, num_items: float | torch.Tensor | None
 ) -> torch.Tensor:
     """Mean cross-entropy of the rows of hidden (B, T, D) that have a target (B, T), or their sum over `num_items`."""
-    head = model.get_submodule(family.head.module)
+    head: Any = model.get_submodule(family.head.module)
     softcap, scale = shaping(model, family)
     rows = hidden.reshape(-1, hidden.shape[-1])
     targets = targets.reshape(-1).to(rows.device)

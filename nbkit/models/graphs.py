@@ -25,6 +25,7 @@ from nbkit.config import IGNORE_INDEX
 from nbkit.families import Family
 from nbkit.kernels.linear_cross_entropy import linear_cross_entropy
 from nbkit.models.layer import Binding
+from nbkit.models.layer.bind import autocast_differs
 
 EAGER_FIRST = 2  # eager steps of a shape before it is recorded: kernels compile and cuDNN makes its plan in them
 RECENT = 12  # and they lie within this many steps: batches of ever new lengths are not worth a recording each
@@ -83,63 +84,63 @@ class Graphs:
     outside: list[Tensor] = field(default_factory=list)  # the parameters that are in no decoder layer
     clock: int = 0
     version: int = -1  # the binding's, as the graphs know it
-    trained: int = 0  # parameters with a gradient, counted when the version changed: walking over all takes half a millisecond
+    only_lora: bool = False  # whether nothing but LoRA is trained
+    weights: int = 0  # of all decoder linears
     pool: Any = None
 
     def step(self, ids: Tensor, targets: Tensor, items: float | Tensor | None) -> tuple[Tensor, Tensor] | None:
         """(loss, hidden states for reading only) of ids and targets (B, T), or None where this step has to run eagerly."""
         self.binding.refresh()
+        if self.version != self.binding.version:
+            self.learn()
         if not self.fits(ids):
             return None
-        if self.version != self.binding.version:
-            self.forget()
-            self.version = self.binding.version
         key = (tuple(ids.shape), self.binding.keep or self.binding.planner.keep, self.binding.checkpointed)
-        self.seen[key] = self.seen.get(key, 0) + 1
-        if self.seen[key] <= EAGER_FIRST:
-            self.note = "the first steps of a shape run eagerly"
+        one = self.recorded.get(key) or self.record_if_due(key, ids.shape)
+        if one is None:
             return None
-        if key not in self.recorded:
-            self.recorded[key] = self.record(ids.shape)
-            while len(self.recorded) > MOST:
-                oldest = min(self.recorded, key=lambda k: self.recorded[k].last_used)
-                del self.recorded[oldest], self.seen[oldest]
         self.clock += 1
-        self.binding.scratch.owner.clear()  # the replay dequantises into it behind its back
-        one = self.recorded[key]
         one.last_used = self.clock
         self.note = f"{len(self.recorded)} CUDA graphs, the last of shape {tuple(ids.shape)}"
+        self.binding.scratch.owner.clear()  # the replay dequantises into it behind its back
         loss = Replay.apply(one, ids, targets, items, *one.params)
         return loss, ReadOnly.apply(one.hidden.detach().requires_grad_())
+
+    def __post_init__(self) -> None:
+        self.binding.planning.append(self.drop)
+
+    def drop(self) -> None:
+        """Give all graphs and their memory back."""
+        self.recorded.clear()
+        self.recent.clear()
+        self.pool = None
+
+    def learn(self) -> None:
+        """What graphs hold fixed has changed: drop them, count anew what is trained and how large the model is."""
+        self.drop()
+        self.version = self.binding.version
+        bound = self.binding.bound
+        inside = f"{self.family.decoder.layers}."
+        self.outside = [p for name, p in self.model.named_parameters() if not name.startswith(inside)]
+        trained = sum(1 for p in self.model.parameters() if p.requires_grad)
+        self.only_lora = trained == sum(len(b.params) for b in bound)
+        self.weights = sum(g.inputs * g.outputs for b in bound for g in b.parts.groups)
 
     def fits(self, ids: Tensor) -> bool:
         """Whether this call may be a graph at all; `note` gets the reason if not."""
         binding = self.binding
         parts = binding.bound[0].parts if binding.bound else None
-        if self.version != binding.version:
-            self.trained = sum(1 for p in self.model.parameters() if p.requires_grad)
-            inside = f"{self.family.decoder.layers}."
-            self.outside = [p for n, p in self.model.named_parameters() if not n.startswith(inside)]
         reasons = {
             "graphs are switched off": not self.on,
             "not every layer takes the fused path": parts is None or bool(binding.reasons),
             "the tokens are not on the GPU": not ids.is_cuda,
             "float16 needs the loss scale inside the step": parts is not None and parts.dtype == torch.float16,
-            "more is trained than the LoRA of the decoder layers": self.trained != sum(len(b.params) for b in binding.bound)
-            or any(p.requires_grad for p in self.outside),
-            "the GPU, not its launches, sets the pace": ids.numel() * self.size() > LAUNCH_BOUND,
+            "autocast asks for another dtype": parts is not None and autocast_differs("cuda", parts.dtype),
+            "more is trained than LoRA": not self.only_lora or any(p.requires_grad for p in self.outside),
+            "the GPU, not its launches, sets the pace": ids.numel() * self.weights > LAUNCH_BOUND,
         }
         self.note = next((reason for reason, holds in reasons.items() if holds), self.note)
         return not any(reasons.values())
-
-    def size(self) -> int:
-        return sum(g.inputs * g.outputs for b in self.binding.bound for g in b.parts.groups)
-
-    def forget(self) -> None:
-        """Drop all graphs: what they hold fixed has changed."""
-        self.recorded.clear()
-        self.recent.clear()
-        self.pool = None
 
     def record_if_due(self, key: tuple, shape: Sequence[int]) -> Recorded | None:
         """Record this shape if it came often enough of late; None if it did not, or cannot be recorded."""
@@ -151,7 +152,6 @@ class Graphs:
             one = self.record(shape)
         except RuntimeError as error:  # a step that waits for the device, say: rope that grows with the length
             self.on = False
-            torch.cuda.synchronize()
             self.note = f"steps run without CUDA graphs, recording one failed: {str(error).splitlines()[0]}"
             warnings.warn(self.note, stacklevel=2)
             return None
@@ -173,8 +173,13 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()  # the graph has memory of its own: what the eager steps left would lie idle beside it
         # Other threads (a data loader's pinning, a panel) may use the GPU meanwhile; only this thread's stream is recorded.
-        with self.binding.stand_ins(leaves), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with (
+            self.binding.stand_ins(leaves),
+            torch.autocast("cuda", enabled=False),
+            torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
+        ):
             hidden = self.model.get_submodule(self.family.decoder.base)(input_ids=ids, use_cache=False).last_hidden_state
             loss = self.loss(hidden, targets, items)
             grads = torch.autograd.grad(loss, leaves)
@@ -185,11 +190,11 @@ class Graphs:
         """Sum over the labelled rows by `items`, or by their number where that is negative; nothing here waits for the device."""
         from nbkit.models.forwards import shaping
 
-        head = self.model.get_submodule(self.family.head.module)
+        weight = self.model.get_submodule(self.family.head.module).get_parameter("weight")
         softcap, scale = shaping(self.model, self.family)
         rows, labels = hidden.flatten(0, 1), targets.flatten()
         total = linear_cross_entropy(
-            rows, head.weight, labels, reduction="sum", softcap=softcap, logit_scale=scale, labelled_only=False
+            rows, weight, labels, reduction="sum", softcap=softcap, logit_scale=scale, labelled_only=False
         )
         count = torch.where(items < 0, (labels != IGNORE_INDEX).sum().to(items.dtype), items)
         return total / count.clamp(min=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -38,6 +38,7 @@ class Binding:
         self.bound: list[BoundLayer] = []
         self.keep: Keep | None = None
         self.planner = Planner()
+        self.planning: list[Callable[[], None]] = []  # called before memory is planned: who holds some that it may give back
         self.how: set[str] = set()  # the attention implementations met, for the report
         self.version = 0  # goes up when anything changes that a recorded step holds fixed
         self.writer: BorderWriter | None = None
@@ -94,6 +95,8 @@ class Binding:
             return
         rows = tokens.shape[0] * tokens.shape[1]
         if self.planner.due(rows, self.checkpointed):
+            for give_back in self.planning:
+                give_back()
             plan = self.planner.make(self, rows, self.checkpointed)
             self.copy_weights(plan.copy)
             self.refresh()
@@ -204,6 +207,7 @@ def forward(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | Non
         or kwargs.get("past_key_values") is not None
         or not torch.is_grad_enabled()
         or hidden_states.dtype != parts.dtype
+        or autocast_differs(hidden_states.device.type, parts.dtype)
         or (mask is not None and mask.dim() != 4)
         or kwargs.get("position_embeddings") is None
     ):
@@ -216,6 +220,11 @@ def forward(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | Non
     keep = binding.keep or binding.planner.keep
     call = Call(parts, keep, how, b, t, [])
     return LayerFunction.apply(hidden_states, cos, sin, mask, call, binding.rows, *bound.params)
+
+
+def autocast_differs(device: str, dtype: torch.dtype) -> bool:
+    """Whether autocast asks for another dtype than the weights': then stock is faster, and what was asked for."""
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype
 
 
 def causal_only(mask: Tensor | None) -> bool:
