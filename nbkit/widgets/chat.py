@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import ipywidgets as widgets
 
-from nbkit.errors import ConfigError, DataError
+from nbkit.errors import ConfigError, DataError, TrainingError
 from nbkit.widgets import _code, _fields, _html
 from nbkit.widgets._panel import Panel
 
@@ -59,6 +59,11 @@ class ChatPanel(Panel):
         self._enable({"stop": False})
         self._compose(prompt, row, self._talk)
 
+    def require_silence(self) -> None:
+        """Raises: TrainingError while a reply is being written, as that switches the adapter off and on."""
+        if any(exchange.writing for exchange in self.exchanges):
+            raise TrainingError("A reply is being written; press Stop in the chat or wait for its end, then start.")
+
     def _send(self) -> None:
         values = self.values()
         prompt = values["prompt"]
@@ -72,6 +77,7 @@ class ChatPanel(Panel):
         first = self._stream(exchange, values, sides[0][1])
         self._halt = False
         self.exchanges = [*self.exchanges[1 - KEPT :], exchange]
+        exchange.writing = sides[0][0]
         self._enable({"send": False, "stop": True})
         self._launch(lambda: self._answer(exchange, values, sides, first))
 

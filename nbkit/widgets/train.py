@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import ipywidgets as widgets
@@ -31,6 +34,7 @@ class TrainPanel(Panel):
     def __init__(self, session: Session) -> None:
         super().__init__(session)
         self.plot = LivePlot(session)
+        self.guards: list[Callable[[], None]] = []  # asked before a start; one that has something against it raises
         self._run: Any = None
         usual, rare = self._settings(TrainConfig())
         start = self._button("start", "Start", self._start, "Train with these settings", primary=True)
@@ -77,7 +81,10 @@ class TrainPanel(Panel):
         self.config()
 
     def _start(self) -> None:
-        run = self.session.train(self.config())
+        config = self.config()
+        for guard in self.guards:
+            guard()
+        run = self.session.train(config)
         self._follow(run)
         self.message("Training; Stop ends it after the current step and keeps what was learned.", "busy")
         self._launch(lambda: self._supervise(run))
@@ -111,14 +118,14 @@ class TrainPanel(Panel):
         for event in events:
             if isinstance(event, RunFinished):
                 word = "Stopped" if event.stopped else "Trained"
-                where = f"; the adapter is in {event.adapter_path}" if event.adapter_path else ""
+                where = f"; the adapter is in {_near(event.adapter_path)}" if event.adapter_path else ""
                 self.message(f"{word} at step {event.step} in {_html.duration(event.seconds)}{where}.", "done")
             elif isinstance(event, RunFailed):
                 self.message(event.error, "error")
         if any(isinstance(event, (RunFinished, RunFailed)) for event in events):
             self._enable({"start": True, "stop": False})
-            self._refresh()
             self.update_saved()
+        self._refresh()
 
     def _show_state(self) -> None:
         status = self._run.status if self._run is not None else ""
@@ -142,6 +149,11 @@ class TrainPanel(Panel):
 
     def _static_body(self) -> _html.Markup:
         return self.plot.drawing()
+
+
+def _near(path: str) -> str:
+    """The path as seen from the current folder, where it lies in it."""
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
 
 
 def _row(children: list[Any]) -> widgets.HBox:

@@ -88,6 +88,25 @@ def test_training_that_fails_is_raised_where_it_is_awaited(tmp_path: Path) -> No
     asyncio.run(main())
 
 
+def test_training_waits_for_a_reply_that_is_being_written(tmp_path: Path) -> None:
+    async def main() -> None:
+        session = FakeSession(tmp_path, said="word " * 50)
+        session.pause = 0.02
+        shown = Studio(session)
+        for button in ("model.load", "lora.add", "data.read"):
+            shown.click(button)
+        shown.chat.set(prompt="hi")
+        shown.click("chat.send")
+        with pytest.raises(TrainingError, match="A reply is being written"):
+            shown.click("training.start")
+        shown.click("chat.stop")
+        await shown.chat.finished()
+        shown.click("training.start")
+        await shown.training.finished()
+
+    asyncio.run(main())
+
+
 def test_a_run_that_a_hand_has_started_is_waited_for(tmp_path: Path) -> None:
     async def main() -> None:
         shown = Studio(FakeSession(tmp_path, steps=20))

@@ -74,6 +74,12 @@ async def _train_and_ask(shown: Studio) -> None:
     await shown.training.finished()
     assert shown.session.run.status == "stopped" and 1 <= shown.plot.progress.step < 300
 
+    waiting = asyncio.ensure_future(shown.train())
+    while shown.plot.progress.state != "running" or shown.plot.progress.step < 1:
+        await asyncio.sleep(0.05)
+    waiting.cancel()  # the interrupt button cancels the cell: the run ends at a step, and the cell gets it
+    assert (await waiting).status == "stopped"
+
     shown.click("chat.example")
     shown.chat.set(max_new_tokens=4)
     shown.click("chat.send")
