@@ -40,7 +40,7 @@ def reference(
 
 
 @jit
-def _forward_kernel(
+def _rms_norm_forward_kernel(
     X, W, Y, RSTD, stride_x, stride_y, eps, OFFSET: tl.constexpr, CAST_LAST: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """One row a program."""
@@ -58,7 +58,7 @@ def _forward_kernel(
 
 
 @jit
-def _backward_kernel(
+def _rms_norm_backward_kernel(
     DY, X, W, RSTD, ADDED, DX, DW, stride_dy, stride_x, stride_added, stride_dx, N,
     OFFSET: tl.constexpr, ADD: tl.constexpr, WEIGHT_GRAD: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -123,7 +123,7 @@ def rms_norm_forward(
         rstd = torch.empty(n, dtype=torch.float32, device=x.device)
     block = power_of_two(d)
     with on_device(x):
-        _forward_kernel[(n,)](
+        _rms_norm_forward_kernel[(n,)](
             x, weight, out, rstd, x.stride(0), out.stride(0), eps,
             OFFSET=float(offset), CAST_LAST=cast == LAST, D=d, BLOCK=block, num_warps=_warps(block)
         )  # fmt: skip
@@ -168,7 +168,7 @@ def rms_norm_backward(
     shares = torch.empty((programs, d) if weight_grad else (1,), dtype=torch.float32, device=x.device)
     block = power_of_two(d)
     with on_device(x):
-        _backward_kernel[(programs,)](
+        _rms_norm_backward_kernel[(programs,)](
             dy, x, weight, rstd, added, dx, shares, dy.stride(0), x.stride(0), added.stride(0), dx.stride(0), n,
             OFFSET=float(offset), ADD=add_to is not None, WEIGHT_GRAD=weight_grad, ROWS=rows, D=d, BLOCK=block,
             num_warps=_warps(block)

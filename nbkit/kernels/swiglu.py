@@ -31,7 +31,7 @@ def reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 @jit
-def _forward_kernel(GATE, UP, H, stride_gate, stride_up, stride_h, F, BLOCK: tl.constexpr):
+def _swiglu_forward_kernel(GATE, UP, H, stride_gate, stride_up, stride_h, F, BLOCK: tl.constexpr):
     """BLOCK columns of one row a program."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -42,7 +42,7 @@ def _forward_kernel(GATE, UP, H, stride_gate, stride_up, stride_h, F, BLOCK: tl.
 
 
 @jit
-def _backward_kernel(
+def _swiglu_backward_kernel(
     DH, GATE, UP, DGATE, DUP, H, stride_dh, stride_gate, stride_up, stride_dgate, stride_dup, stride_h, F,
     REBUILD: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -80,7 +80,7 @@ def swiglu_forward(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | Non
         return out.copy_(reference(gate.to(wide), up.to(wide)))
     rows, columns, block = _grid(*gate.shape)
     with on_device(gate):
-        _forward_kernel[(rows, columns)](
+        _swiglu_forward_kernel[(rows, columns)](
             gate, up, out, gate.stride(0), up.stride(0), out.stride(0), gate.shape[1], BLOCK=block, num_warps=4
         )
     return out
@@ -115,7 +115,7 @@ def swiglu_backward(
         return dgate, dup
     rows, columns, block = _grid(*gate.shape)
     with on_device(gate):
-        _backward_kernel[(rows, columns)](
+        _swiglu_backward_kernel[(rows, columns)](
             dh, gate, up, dgate, dup, rebuilt, dh.stride(0), gate.stride(0), up.stride(0), dgate.stride(0), dup.stride(0),
             rebuilt.stride(0), gate.shape[1], REBUILD=h is not None, BLOCK=block, num_warps=4
         )  # fmt: skip

@@ -401,7 +401,7 @@ def test_gradients_on_a_gpu_by_the_tolerance_rule(family: str, dtype: torch.dtyp
     report = patch(model)
     assert report.runs == "Triton kernels" and not report.skipped
     ours, found = measured(model, inputs)
-    assert_close("loss", ours, eager, loss)
+    assert_close("loss", ours.to(dtype), eager.to(dtype), loss)
     for name in gradients:
         # Rounding of a whole model is no elementwise matter: the rule holds for the norm of the difference.
         distance = (found[name].double() - gradients[name]).norm() / gradients[name].norm()
@@ -420,7 +420,8 @@ def test_every_kernel_is_launched_in_a_real_step(monkeypatch: pytest.MonkeyPatch
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         measured(model, inputs)
     names = {event.key for event in seen.key_averages()}
-    for kernel in ("_rotate_kernel", "_rows_kernel", "_forward_kernel", "_backward_kernel"):
+    parts = [f"_{op}_{way}_kernel" for op in ("rms_norm", "swiglu") for way in ("forward", "backward")]
+    for kernel in ("_rotate_kernel", "_rows_kernel", *parts):
         assert kernel in names, f"{kernel} is not among {sorted(names)}"
     unpatch(model)
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
