@@ -344,6 +344,8 @@ class Panel(Shown):
             return "not usable"
         if isinstance(value, bool):
             return "yes" if value else "no"
+        if isinstance(value, dict):
+            return ", ".join(f"{key}: {item}" for key, item in value.items()) or "–"
         if isinstance(value, (tuple, list)):
             return ", ".join(map(str, value))
         return "–" if value is None or value == "" else str(value)

@@ -140,7 +140,8 @@ class _Live(Shown):
         training.held_by(self)
 
     def static_html(self) -> str:
-        return _html.join((_html.style(), self.training.plot.static_markup(), self.training.said_markup()))
+        said = _html.tag("div", {"class": "nbk"}, self.training.said_markup())
+        return _html.join((_html.style(), self.training.plot.static_markup(), said))
 
     def __repr__(self) -> str:
         return repr(self.training)
