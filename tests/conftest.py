@@ -10,6 +10,8 @@ import pytest
 
 # The test machine's cores are shared; more threads than this only slow tiny models down.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Waiting threads sleep. By default they spin, which on a core shared with another process costs ten times the work itself.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from tests.tiny import save_tiny
