@@ -143,7 +143,7 @@ def cross_entropy_rows_(
     Args:
         labels: (n,) int64; a row labelled -100 has loss 0 and gradient 0.
         scale: the upstream gradient: one number for all rows, or a float32 tensor (n,).
-        gradient: False leaves the logits as they are (on CPU their values may still change).
+        gradient: False computes the loss alone and leaves the logits as they are.
         loss: (n,) float32 to write to.
     """
     check_rows("logits", logits)

@@ -135,9 +135,11 @@ def _causal_lm(
     }
     all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
     own_loss = self.loss_function is ForCausalLMLoss and kwargs.get("ignore_index", IGNORE_INDEX) == IGNORE_INDEX
-    if family is None or labels is None or not all_logits or not own_loss:
+    asked = kwargs.get("return_dict")
+    as_dict = getattr(self.config, "return_dict", True) if asked is None else asked  # a tuple has logits at a fixed place
+    if family is None or labels is None or not all_logits or not own_loss or not as_dict:
         return type(self).forward(self, **inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
-    return_dict = kwargs.pop("return_dict", None)
+    kwargs.pop("return_dict", None)
     targets = kwargs.get("shift_labels")
     if targets is None:  # tokens before n predict n
         targets = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
@@ -157,8 +159,7 @@ def _causal_lm(
             attentions=outputs.attentions,
         )
     made.attach(lambda: _logits(self, family, hidden), listed=not self.training)
-    wanted = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
-    return made if wanted else made.to_tuple()
+    return made
 
 
 def _recorded(

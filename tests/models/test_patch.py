@@ -210,7 +210,7 @@ def test_logits_are_made_only_when_they_are_read() -> None:
     assert outputs["loss"] == outputs[0] == outputs.loss and len(calls) == 2 * calls_for_the_loss + 1
     assert list(outputs) == list(stock) and torch.equal(outputs["logits"], stock.logits) and torch.equal(outputs[1], stock[1])
     assert "logits" in outputs and len(outputs.to_tuple()) == 3
-    as_tuple = model(**batch(), return_dict=False)
+    as_tuple = model.train()(**batch(), return_dict=False)
     assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[1], stock.logits)
 
 
