@@ -229,7 +229,7 @@ def test_smoothing_is_a_setting() -> None:
     assert plot._picture.value != before
 
 
-@pytest.mark.parametrize("said", CORPUS[::9], ids=lambda said: ascii(said[:20]))
+@pytest.mark.parametrize("said", CORPUS[::12], ids=lambda said: ascii(said[:20]))
 def test_whatever_a_run_says_is_text(tmp_path: Path, said: str) -> None:
     plot = LivePlot()
     plot.feed([RunStarted(total_steps=3, device=said, trainable_parameters=1, message=said), *history(2, total=3)])
