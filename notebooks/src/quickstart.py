@@ -119,10 +119,11 @@ from IPython.display import HTML
 
 shown = [0, 10, 20]
 rows = "".join(
-    f"<tr><td>{escape(b.prompt)}</td><td>{escape(b.reply)}</td><td><b>{escape(a.reply)}</b></td><td>{escape(a.expected)}</td></tr>"
+    f"<tr style='text-align: left'><td>{escape(b.prompt)}</td><td>{escape(b.reply)}</td>"
+    f"<td><b>{escape(a.reply)}</b></td><td>{escape(a.expected)}</td></tr>"
     for b, a in ((before.answers[i], after.answers[i]) for i in shown)
 )
-HTML(f"<table><tr><th>report</th><th>before</th><th>after</th><th>what the log says</th></tr>{rows}</table>")
+HTML(f"<table style='text-align: left'><tr><th>report</th><th>before</th><th>after</th><th>what the log says</th></tr>{rows}</table>")
 
 # %% [markdown]
 # Now write your own report:
