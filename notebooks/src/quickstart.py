@@ -123,7 +123,8 @@ rows = "".join(
     f"<td><b>{escape(a.reply)}</b></td><td>{escape(a.expected)}</td></tr>"
     for b, a in ((before.answers[i], after.answers[i]) for i in shown)
 )
-HTML(f"<table style='text-align: left'><tr><th>report</th><th>before</th><th>after</th><th>what the log says</th></tr>{rows}</table>")
+head = "<tr><th>report</th><th>before</th><th>after</th><th>what the log says</th></tr>"
+HTML(f"<table style='text-align: left'>{head}{rows}</table>")
 
 # %% [markdown]
 # Now write your own report:
