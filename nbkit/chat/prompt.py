@@ -49,7 +49,7 @@ def encode(tokenizer: Any, conversations: Iterable[Sequence[Mapping[str, str]]])
         if any(control in message["content"] for message in messages for control in renderer.controls):
             found.append(_plainly(renderer, messages, text))
         else:
-            found.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+            found.append(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     return found
 
 

@@ -5,7 +5,7 @@ It is written weight by weight, then read back from disk and compared with the l
 
 from __future__ import annotations
 
-import copy
+import hashlib
 import shutil
 import time
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nbkit.errors import ExportError
-from nbkit.export.replay import Verdict, judge, probe, replay
+from nbkit.export.replay import GATE, Verdict, judge, plain_config, probe, replay
 from nbkit.export.report import ExportReport
 from nbkit.export.safetensors_file import names_of, read_tensor, write_checkpoint
 from nbkit.export.target import Target, bytes_under, write_mark
@@ -57,8 +57,8 @@ def export_merged(
     with target.staged(2 * weights.numel + SMALL_FILES) as folder, _bar(2 * weights.numel, progress) as bar:
         expected = probe(weights, tokenizer)
         _write_small_files(folder, weights.causal, tokenizer, dtype, source_folder)
-        _write_weights(folder, weights, DTYPES[dtype], bar)
-        verdict = _read_back(folder, expected, model, bar)
+        digests = _write_weights(folder, weights, DTYPES[dtype], bar)
+        verdict = _read_back(folder, digests, expected, model, bar)
         check: dict[str, float | int | str] = {
             "max_relative_logit_difference": verdict.to_adapter,
             "max_relative_logit_difference_to_base": verdict.to_base,
@@ -77,9 +77,7 @@ def export_merged(
 
 
 def _write_small_files(folder: Path, causal: Any, tokenizer: Any, dtype: str, source_folder: str | Path | None) -> None:
-    config = copy.deepcopy(causal.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    config = plain_config(causal.config)
     config.dtype = dtype
     config.architectures = [type(causal).__name__]
     config.save_pretrained(folder)
@@ -92,25 +90,37 @@ def _write_small_files(folder: Path, causal: Any, tokenizer: Any, dtype: str, so
             shutil.copyfile(file, folder / file.name)
 
 
-def _write_weights(folder: Path, weights: LiveWeights, dtype: torch.dtype, bar: Any) -> None:
+def _write_weights(folder: Path, weights: LiveWeights, dtype: torch.dtype, bar: Any) -> dict[str, bytes]:
+    """Returns the digest of every tensor as it was given to the writer."""
+    digests = {}
+
     def make(name: str) -> Tensor:
         value = weights.merged(name)
         rounded = value.to(dtype)
         if dtype == torch.float16 and not bool(torch.isfinite(rounded).all()):
             raise ExportError(f"{name} has values beyond float16's range of 65504; export with dtype='bfloat16'.")
         bar.update(value.numel())
-        return rounded.contiguous()
+        digests[name] = _digest(rounded)
+        return rounded
 
     write_checkpoint(folder, {name: entry.shape for name, entry in weights.entries.items()}, dtype, make)
+    return digests
 
 
-def _read_back(folder: Path, expected: Any, model: Any, bar: Any) -> Verdict:
+def _digest(tensor: Tensor) -> bytes:
+    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).digest()
+
+
+def _read_back(folder: Path, digests: dict[str, bytes], expected: Any, model: Any, bar: Any) -> Verdict:
     """Config and weights from disk, through a stock model of that config."""
     from safetensors import SafetensorError
     from transformers import AutoConfig
 
     def fetch(name: str) -> Tensor:
         value = read_tensor(folder, files, name)
+        # Logits would not show one flipped bit among millions of weights.
+        if _digest(value) != digests.get(name):
+            raise ExportError(f"{name} of the merged model is not on disk as it was written; it was removed: check the disk.")
         bar.update(value.numel())
         return value
 
@@ -121,7 +131,9 @@ def _read_back(folder: Path, expected: Any, model: Any, bar: Any) -> Verdict:
         logits = replay(config, fetch, expected.ids, device, names=set(files))
     except SafetensorError as error:
         raise ExportError(f"The merged model cannot be read back ({error}); it was removed: check the disk.") from error
-    return judge("merged model", logits, expected)
+    coarse = config.dtype == torch.bfloat16
+    remedy = ": bfloat16 may be too coarse for this model, try dtype='float16'" if coarse else ""
+    return judge("merged model", logits, expected, GATE, remedy)
 
 
 def _bar(total: int, shown: bool) -> Any:

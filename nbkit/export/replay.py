@@ -6,6 +6,7 @@ right before its forward and dropped right after, so that the peak is one weight
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,28 +87,26 @@ def probe_ids(tokenizer: Any, vocabulary: int) -> Tensor:
     return torch.tensor(rows)
 
 
-def judge(what: str, found: Tensor, expected: Probe, gate: float | None = GATE) -> Verdict:
+def judge(what: str, found: Tensor, expected: Probe, gate: float, remedy: str = "") -> Verdict:
     """Compare logits of what was written with the trained model's and its base's.
 
+    Args:
+        remedy: what to do about a difference above the gate, if anything.
     Raises: ExportError above `gate`, or if they are nearer to the base than to the trained model, or not finite.
     """
     verdict = Verdict(relative(found, expected.adapter), relative(found, expected.base))
     if not math.isfinite(verdict.to_adapter):
         raise ExportError(f"The {what}, read back, gives logits that are not finite; it was removed.")
-    if gate is not None and verdict.to_adapter > gate:
-        raise ExportError(f"The {what}, read back, has a {verdict.sentence()}, above {gate:g}; it was removed.")
+    if verdict.to_adapter > gate:
+        raise ExportError(f"The {what}, read back, has a {verdict.sentence()}, above {gate:g}; it was removed{remedy}.")
     # By distance in all logits together: rounding spreads over them, the adapter's effect has one direction.
     effect, change = expected.adapter - expected.base, found - expected.base
     share = float((change * effect).sum() / effect.square().sum().clamp(min=1e-30))
-    if relative(expected.adapter, expected.base) > gate_of_effect(gate) and share < 0.5:
+    # An adapter that changes less than a tenth of the gate may be lost in the rounding.
+    if relative(expected.adapter, expected.base) > gate / 10 and share < 0.5:
         fault = "is nearer to the base than to the trained model"
         raise ExportError(f"The {what}, read back, {fault} ({verdict.sentence()}); it was removed.")
     return verdict
-
-
-def gate_of_effect(gate: float | None) -> float:
-    """Below a tenth of the gate an adapter changes so little that rounding may hide which model is nearer."""
-    return (GATE if gate is None else gate) / 10
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -132,6 +131,7 @@ def replay(
     """
     from transformers import AutoModelForCausalLM
 
+    config = plain_config(config)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     tied = {HEAD} if config.tie_word_embeddings else set()
@@ -147,6 +147,14 @@ def replay(
         module.register_forward_pre_hook(_loader(source, fetch, device))
         module.register_forward_hook(_finisher(leaves, (terms or {}).get(f"{path}.weight", ())))
     return _forward(skeleton.eval(), ids.to(device))
+
+
+def plain_config(config: Any) -> Any:
+    """A copy that names no quantisation. transformers writes into the config a model is made from."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def _loader(source: dict[str, str], fetch: Callable[[str], Tensor], device: Any) -> Callable[..., None]:
