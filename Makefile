@@ -7,6 +7,8 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/setup.stamp
 TORCH_INDEX :=
 JOBS := 2
+# torch's threads spin while they wait; beside another busy process that makes a step many times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

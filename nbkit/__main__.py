@@ -8,6 +8,7 @@ python -m nbkit fetch smollm2-135m-instruct
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from nbkit.errors import NbkitError
@@ -24,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     fetch = commands.add_parser("fetch", help="download a checkpoint into the cache, for work without a network")
     fetch.add_argument("name")
     options = parser.parse_args(arguments)
+    # Read when torch is loaded, which is later: waiting threads sleep, so that a run shares its cores with other work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         if options.command == "run":
             return _run(options.file, options.resume)

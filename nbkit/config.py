@@ -146,6 +146,7 @@ class TrainConfig:
             self.max_steps is None or self.max_steps >= 1,
             f"max_steps is {self.max_steps}; it must be at least 1, or None for whole epochs.",
         )
+        _require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be from 0 to 4294967295.")
         _require(self.epochs > 0, f"epochs is {self.epochs}; it must be above 0.")
         _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; it must be above 0 (2e-4 is usual for LoRA).")
         _require(

@@ -105,6 +105,8 @@ def test_missing_file_missing_key_and_broken_json(tmp_path):
         lambda: TrainConfig(batch_size=0),
         lambda: TrainConfig(max_steps=0),
         lambda: TrainConfig(epochs=0.0),
+        lambda: TrainConfig(seed=-1),
+        lambda: TrainConfig(seed=2**32),
         lambda: TrainConfig(learning_rate=0.0),
         lambda: TrainConfig(learning_rate=math.nan),
         lambda: TrainConfig(gradient_checkpointing="yes"),
