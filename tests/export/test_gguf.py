@@ -24,6 +24,13 @@ def header(path):
     return {name: field.contents() for name, field in reader.fields.items()}
 
 
+def newer_than(version):
+    import transformers
+    from packaging.version import Version
+
+    return Version(transformers.__version__) >= Version(version)
+
+
 def load_with_transformers(path):
     """(model in float32, tokenizer) through transformers' own GGUF loader."""
     import transformers
@@ -47,9 +54,10 @@ def test_transformers_own_loader_gives_the_same_model(family, tied, tmp_path):
     again.config.eos_token_id = again.generation_config.eos_token_id = None
     assert type(again).__name__ == ("LlamaForCausalLM" if family == "mistral" else type(model.get_base_model()).__name__)
     ids = tiny_tokenizer()(PROMPT, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    assert tokenizer(PROMPT, add_special_tokens=False)["input_ids"] == ids[0].tolist()
     assert tokenizer.chat_template == TEMPLATE
-    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+    if newer_than("5.20"):  # before, transformers read the GGUF tokenizer of any llama or qwen2 as that family's own
+        assert tokenizer(PROMPT, add_special_tokens=False)["input_ids"] == ids[0].tolist()
+        assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
     assert relative(logits(again, ids), logits(model, ids)) < 5e-3
     options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
     assert torch.equal(again.generate(ids, **options), model.generate(input_ids=ids, **options))
