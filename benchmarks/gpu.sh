@@ -5,10 +5,10 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-benchmarks/results}
 mkdir -p "$OUT"
-if [ -d .whl ] && [ ! -d /tmp/site ]; then
-  python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target /tmp/site .whl/*.whl || exit 1
+if [ -d .whl ] && [ ! -d build/site ]; then
+  python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target build/site .whl/*.whl || exit 1
 fi
-[ -d /tmp/site ] && export PYTHONPATH=/tmp/site
+[ -d build/site ] && export PYTHONPATH=build/site
 export PYTHONPATH=$PWD:${PYTHONPATH:-} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 export PYTORCH_ALLOC_CONF=expandable_segments:True
 what=$1
