@@ -8,7 +8,7 @@ mkdir -p "$OUT"
 if [ -d .whl ] && [ ! -d build/site ]; then
   python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target build/site .whl/*.whl || exit 1
 fi
-[ -d build/site ] && export PYTHONPATH=build/site
+[ -d build/site ] && export PYTHONPATH=$PWD/build/site
 export PYTHONPATH=$PWD:${PYTHONPATH:-} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 export PYTORCH_ALLOC_CONF=expandable_segments:True
 what=$1

@@ -89,7 +89,8 @@ def check(train: TrainConfig) -> None:
     library = METHODS[train.method].library.split(".")[0]
     if importlib.util.find_spec(library) is None:
         raise TrainingError(
-            f"Training by {train.method} needs the package {library}; install it with: pip install 'nbkit-llm[cpu]'"
+            f"Training by {train.method} needs the package {library}; install 'nbkit-llm[colab]' on Colab or Kaggle, "
+            "'nbkit-llm[gpu]' or 'nbkit-llm[cpu]' elsewhere."
         )
     name, names = train.optimizer, ["auto", "adamw", *(one.value for one in OptimizerNames)]
     if name not in names:
