@@ -251,7 +251,8 @@ def test_an_unknown_optimizer_is_refused_with_the_nearest(tmp_path: Path) -> Non
 def test_without_trl_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        TrainingError, match=r"Training by sft needs the package trl; install 'nbkit-llm\[colab\]' on Colab or Kaggle, .*\[cpu\]' elsewhere"
+        TrainingError,
+        match=r"Training by sft needs the package trl; install 'nbkit-llm\[colab\]' on Colab or Kaggle, .*\[cpu\]' elsewhere",
     ):
         start(tmp_path / "run")
 
