@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 
 from nbkit.config import LoraConfig
 from nbkit.families import all_families
+from nbkit.hardware.forecast import NF4_BYTES
 from nbkit.hardware.probe import Machine, probe
 from nbkit.hardware.shapes import ModelShape, shape_of
 
 GIB = 2**30
 MIB = 2**20
-NF4_BYTES = 0.5159  # per weight: 4 bits, an 8-bit absmax per 64 weights, a float32 scale per 256 of those (arXiv 2305.14314)
 LOGIT_ROWS = 1024  # rows of logits that are in memory at once
 CUDA_CONTEXT = 450 * MIB
 LIBRARIES = 900 * MIB  # torch, transformers, PEFT, TRL, bitsandbytes and what malloc keeps back, in a process on CPU

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 CHUNK = 256 * 2**20  # the most bytes of logits that exist at a time
-NF4 = 0.5 + 1 / 64 + 4 / 16384  # bytes a weight, with double quantisation
+# Bytes of a double-quantised weight: 4 bits, an 8-bit absmax per 64 weights, a float32 scale per 256 of those (arXiv 2305.14314).
+NF4_BYTES = 0.5 + 1 / 64 + 4 / 16384
 
 
 @dataclass(frozen=True)
