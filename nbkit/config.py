@@ -21,7 +21,9 @@ SCHEMA = 1
 IGNORE_INDEX = -100  # the label of a token that bears no loss
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-FORMATS = ("auto", "alpaca", "sharegpt", "messages")
+FORMATS = ("auto", "alpaca", "sharegpt", "messages", "prompt_completion", "preference", "kto", "text")
+TRAIN_ON = ("replies", "last_reply", "completions", "all")
+TOO_LONG = ("refuse", "drop", "cut", "split")
 SCHEDULES = ("linear", "cosine", "constant")
 METHODS = ("sft",)
 EXPORT_KINDS = ("adapter", "merged_16bit", "gguf")
@@ -83,21 +85,30 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataRecipe:
-    """How rows become messages. `columns` maps a role of the format to the column that holds it;
-    roles left out take the format's usual column (see `nbkit.data.formats`).
-
-    alpaca: instruction, input, output · sharegpt: conversations · messages: messages.
-    """
+    """How rows become trained tokens; every repair of the rows is a line here. `columns` maps a role of the format to
+    the column that holds it; roles left out take the format's usual column (see `nbkit.data.formats`)."""
 
     format: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)  # further names of speakers → the role each is
     system: str | None = None  # a system message put before rows that have none; None adds none
-    too_long: str = "refuse"  # rows above max_seq_length: "refuse" (listed, not trained) or "drop" (agreed to, counted)
+    template: str | None = None  # None: the tokenizer's own; a name of nbkit's templates (chatml, llama-3 …); or Jinja text
+    train_on: str = "replies"  # of a conversation: all replies, the last one, the completion after the prompt, or every token
+    faulty: str = "refuse"  # rows with a fault: "refuse" (listed, not trained) or "drop" (agreed to, counted)
+    # Rows above max_seq_length: "refuse", "drop", "cut" (at a message boundary, the end goes) or "split" (into several rows).
+    too_long: str = "refuse"
+    duplicates: str = "keep"  # rows equal to an earlier one: "keep" (told) or "drop"
 
     def __post_init__(self) -> None:
         _choice(self.format, FORMATS, "Data format")
-        _choice(self.too_long, ("refuse", "drop"), "too_long")
-        object.__setattr__(self, "columns", dict(self.columns))
+        _choice(self.train_on, TRAIN_ON, "train_on")
+        _choice(self.faulty, ("refuse", "drop"), "faulty")
+        _choice(self.too_long, TOO_LONG, "too_long")
+        _choice(self.duplicates, ("keep", "drop"), "duplicates")
+        for name in ("columns", "roles"):
+            object.__setattr__(self, name, dict(getattr(self, name)))
+        for role in self.roles.values():
+            _choice(role, ("system", "user", "assistant", "tool"), "The role of a speaker,")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +136,8 @@ class TrainConfig:
     epochs: float = 1.0
     batch_size: int = 2
     gradient_accumulation: int = 1
+    packing: bool = False  # several rows in one sequence, none sees another; a micro-batch is then one pack
+    pack_tokens: int | None = None  # tokens of a pack; None: batch_size * max_seq_length
     learning_rate: float = 2e-4
     schedule: str = "linear"
     warmup_steps: int = 0
@@ -140,6 +153,10 @@ class TrainConfig:
         _choice(self.schedule, SCHEDULES, "schedule")
         for name in ("batch_size", "gradient_accumulation"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1.")
+        _require(self.pack_tokens is None or self.packing, f"pack_tokens={self.pack_tokens} goes with packing=True only.")
+        _require(
+            self.pack_tokens is None or self.pack_tokens >= 8, f"pack_tokens is {self.pack_tokens}; 8 is the least, or None."
+        )
         for name in ("warmup_steps", "save_steps"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative.")
         _require(
