@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "nbkit"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-STANDARD_LIBRARY_ONLY = ("config.py", "events.py", "errors.py", "evaluation.py", "workspace.py", "families")
+STANDARD_LIBRARY_ONLY = ("config.py", "events.py", "errors.py", "evaluation.py", "markup.py", "workspace.py", "families")
 # Third-party packages a room may name, at the top of a file or inside a function.
 ALLOWED = {
     "kernels": {"torch", "triton"},
