@@ -1,15 +1,18 @@
-"""Where Triton runs and where the plain-torch path does, and small helpers for launches.
+"""Where Triton runs and where the plain-torch path does, a lean way to launch, and small helpers for launches.
 
 Triton runs on CUDA tensors of 16 or 32 bits on GPUs of capability 7.0 and above. Everywhere else (CPU, float64, older
 GPUs, no triton installed) the plain path runs. Under Triton's own interpreter, which tests use, CPU tensors take
 the kernels too. bfloat16 arithmetic is wrong there, so kernels load, compute in float32 and cast at the store.
+
+`kernel[grid](...)` of Triton costs the host some 15 to 25 microseconds: it binds and specialises every argument in Python and
+asks the driver about every pointer. `Launcher` does that once for each kind of arguments, then calls the compiled kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -25,11 +28,115 @@ MIN_CAPABILITY = (7, 0)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Triton decides when it is imported whether it interprets; its own functions tell what it decided.
 INTERPRETED = triton is not None and not isinstance(tl.sum, triton.JITFunction)
+# Triton versions whose `CompiledKernel.run` takes what `Launcher.launch` gives it.
+LEAN_VERSIONS = ((3, 6), (3, 7))
+
+
+def launch_note(version: str | None = None) -> str:
+    """Why launches go Triton's ordinary way, for a report; "" where they are lean. `version`: of Triton, the one here if None."""
+    if version is None:
+        if triton is None:
+            return "Triton is not installed, so no kernel is launched."
+        version = triton.__version__
+    if torch.version.hip is not None:
+        return "Kernels on this kind of GPU are launched Triton's ordinary way, some 15 microseconds slower each."
+    if tuple(int(part) for part in version.split(".")[:2]) in LEAN_VERSIONS:
+        return ""
+    known = " and ".join(".".join(map(str, one)) for one in LEAN_VERSIONS)
+    return f"nbkit launches kernels fast under Triton {known}; under {version} each launch takes some 15 microseconds longer."
+
+
+LEAN = launch_note() == ""
 
 
 def jit(fn: Callable[..., Any]) -> Any:
-    """`triton.jit`, or the function itself where triton is missing (it is never called there)."""
+    """`triton.jit`, for functions that kernels call; the function itself where triton is missing (it is never called there)."""
     return fn if triton is None else triton.jit(fn)
+
+
+def kernel(fn: Callable[..., Any]) -> Any:
+    """`triton.jit` for what is launched, as `fn[grid](tensors and numbers in order, CONSTANT=..., num_warps=...)`."""
+    return Launcher(triton.jit(fn)) if LEAN and not INTERPRETED else jit(fn)
+
+
+class Launcher:
+    """A Triton kernel that finds its compiled form by few Python operations and calls its launch directly.
+
+    Positional arguments are the kernel's tensors and numbers, all of them; its `tl.constexpr` parameters follow them in its
+    signature and are given by keyword, as are the compiler's options. Triton compiles a form of its own for numbers that are
+    1 or divisible by 16 and for pointers aligned to 16 bytes; the key here tells the same cases apart. Whatever is new, on
+    another device than the current one, or watched by a profiler's hook goes Triton's ordinary way.
+    """
+
+    def __init__(self, jitted: Any) -> None:
+        self.jit = jitted
+        self.made: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return partial(self.launch, grid)
+
+    def launch(self, grid: tuple[int, ...], /, *args: Any, **constants: Any) -> None:
+        """Raises: TypeError where a parameter is missing or given in the other way."""
+        current_device, current_stream, hooks = _driver()
+        device = current_device()
+        key: list[Any] = [device]
+        passed: list[Any] = []
+        for value in args:
+            kind = type(value)
+            if kind is int:
+                if -0x80000000 <= value <= 0x7FFFFFFF:
+                    key.append(1 if value == 1 else 2 if value & 15 else 16)
+                else:
+                    key.append(_wide_class(value))
+            elif kind is float or kind is bool:
+                key.append(kind)
+            elif value is None:
+                key.append(None)
+            elif value.get_device() != device:
+                self.jit[grid](*args, **constants)
+                return
+            else:
+                dtype, value = value.dtype, value.data_ptr()
+                key.append((dtype,) if value & 15 else dtype)
+            passed.append(value)
+        found = self.made.get(whole := (*key, *constants, *constants.values()))
+        if found is None or _hooked(hooks):
+            self._make(whole, grid, args, constants)
+            return
+        run, function, metadata, fixed = found
+        x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+        run(x, y, z, current_stream(device), function, metadata, None, None, None, *passed, *fixed)
+
+    def _make(self, key: tuple[Any, ...], grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        """Launch the ordinary way, which compiles, and keep what was compiled."""
+        names = self.jit.arg_names
+        fixed = names[len(args) :]
+        by_keyword = {name for name in names if name in constants}
+        wrong = [p.name for p in self.jit.params if {p.name in by_keyword, p.name in fixed} != {p.is_constexpr}]
+        if wrong:
+            raise TypeError(f"{self.jit.__name__}: give {', '.join(wrong)} by keyword if constexpr, else by position.")
+        compiled = self.jit[grid](*args, **constants)
+        if hasattr(compiled, "packed_metadata"):  # not while Triton compiles in the background
+            values = tuple(constants[name] for name in fixed)
+            self.made[key] = (compiled.run, compiled.function, compiled.packed_metadata, values)
+
+
+def _wide_class(value: int) -> int:
+    """Signed or unsigned 64 bits, a multiple of 16 or not."""
+    return (3 if value & 15 else 17) + (32 if value > 0x7FFFFFFFFFFFFFFF else 0)
+
+
+@cache
+def _driver() -> tuple[Callable[[], int], Callable[[int], int], Any]:
+    """(current device, raw current stream of a device, Triton's launch hooks)."""
+    active = triton.runtime.driver.active
+    return active.get_current_device, active.get_current_stream, triton.knobs.runtime
+
+
+def _hooked(hooks: Any) -> bool:
+    """Whether a profiler wants to see launches."""
+    enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+    return bool((enter is not None and getattr(enter, "calls", True)) or (leave is not None and getattr(leave, "calls", True)))
 
 
 def runs_on(device: torch.device) -> bool:
@@ -43,7 +150,10 @@ def runs_on(device: torch.device) -> bool:
 
 def use_triton(*tensors: torch.Tensor) -> bool:
     """True if a kernel can take all these tensors."""
-    return all(t.dtype in _DTYPES for t in tensors) and runs_on(tensors[0].device)
+    for t in tensors:
+        if t.dtype not in _DTYPES:
+            return False
+    return runs_on(tensors[0].device)
 
 
 @cache
@@ -51,11 +161,19 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+_HERE = nullcontext()
+
+
+@cache
+def _several_gpus() -> bool:
+    return torch.cuda.device_count() > 1
+
+
 def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
     """Makes the tensor's GPU the current one for a launch; Triton launches on the current one."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
+    if x.is_cuda and _several_gpus() and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)
-    return nullcontext()
+    return _HERE
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -76,5 +194,5 @@ def cdiv(a: int, b: int) -> int:
 
 def check_rows(name: str, x: torch.Tensor) -> None:
     """Raises: ValueError unless x is (N, D) with stride 1 along D, as kernels address it."""
-    if x.dim() != 2 or (x.shape[1] > 1 and x.stride(1) != 1):
+    if x.dim() != 2 or (x.stride(1) != 1 and x.shape[1] > 1):
         raise ValueError(f"{name} must be (N, D) with stride 1 along D, not {tuple(x.shape)} with strides {x.stride()}.")

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from nbkit.config import IGNORE_INDEX
-from nbkit.kernels._launch import check_rows, jit, on_device, power_of_two, tl, use_triton
+from nbkit.kernels._launch import check_rows, jit, kernel, on_device, power_of_two, tl, use_triton
 from nbkit.kernels._op import Case, KernelOp
 
 CHUNK_BYTES = 256 * 2**20
@@ -80,7 +80,7 @@ def _shaped(x, logit_scale, softcap, SOFTCAP: tl.constexpr):
     return z
 
 
-@jit
+@kernel
 def _rows_kernel(
     LOGITS, LABELS, LOSS, SCALES, stride, scale, logit_scale, softcap,
     SOFTCAP: tl.constexpr, SCALE_ROWS: tl.constexpr, GRADIENT: tl.constexpr, IGNORED: tl.constexpr, V: tl.constexpr,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbkit.kernels._launch import cdiv, jit, on_device, runs_on, tl
+from nbkit.kernels._launch import cdiv, kernel, on_device, runs_on, tl
 from nbkit.kernels._op import Case, KernelOp
 
 Copy = tuple[Tensor, Tensor, float]  # source (rows, columns), destination (rows, columns), factor
@@ -31,7 +31,7 @@ def write_borders(copies: Sequence[Copy]) -> None:
             torch.mul(source, factor, out=destination)
 
 
-@jit
+@kernel
 def _copy_tiles(TABLE, FACTOR, ENTRY, S: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr):
     """One program: TILE elements of one copy, counted along its rows. TABLE rows: source, destination, rows, columns, strides."""
     tile = tl.program_id(0)

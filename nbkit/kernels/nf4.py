@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nbkit.kernels._launch import cdiv, jit, on_device, power_of_two, runs_on, tl
+from nbkit.kernels._launch import cdiv, kernel, on_device, power_of_two, runs_on, tl
 from nbkit.kernels._op import Case, KernelOp
 
 NESTED_BLOCK = 256  # values of absmax that share one absmax2
@@ -64,7 +64,7 @@ def dequantize_reference(packed: Nf4) -> Tensor:
     return values.view(packed.shape)
 
 
-@jit
+@kernel
 def _dequantize_rows(
     Q, AM, CODE2, AM2, OFFSET, LUT, OUT, A, B, scale, so, sa, sb, row0, a_row, in_, off, r, rank, rows,
     NESTED: tl.constexpr, HALF: tl.constexpr, NB: tl.constexpr, RP: tl.constexpr, SHARE: tl.constexpr,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from nbkit.kernels._launch import as_rows, cdiv, check_rows, jit, on_device, power_of_two, tl, use_triton
+from nbkit.kernels._launch import as_rows, cdiv, check_rows, kernel, on_device, power_of_two, tl, use_triton
 from nbkit.kernels._op import Case, KernelOp
 
 BEFORE_WEIGHT, LAST = "before_weight", "last"
@@ -39,7 +39,7 @@ def reference(
 # -- kernels ---------------------------------------------------------------------------------------
 
 
-@jit
+@kernel
 def _rms_norm_forward_kernel(
     X, W, Y, RSTD, stride_x, stride_y, eps, OFFSET: tl.constexpr, CAST_LAST: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -57,7 +57,7 @@ def _rms_norm_forward_kernel(
     tl.store(RSTD + row, rstd)
 
 
-@jit
+@kernel
 def _rms_norm_backward_kernel(
     DY, X, W, RSTD, ADDED, DX, DW, stride_dy, stride_x, stride_added, stride_dx, N,
     OFFSET: tl.constexpr, ADD: tl.constexpr, WEIGHT_GRAD: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
@@ -191,9 +191,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None]:
         x, weight, rstd = ctx.saved_tensors
-        dx, dw = rms_norm_backward(
-            as_rows(dy), as_rows(x), weight, rstd, offset=ctx.offset, weight_grad=ctx.needs_input_grad[1]
-        )
+        dx, dw = rms_norm_backward(as_rows(dy), as_rows(x), weight, rstd, offset=ctx.offset, weight_grad=ctx.needs_input_grad[1])
         return dx.view(x.shape), None if dw is None else dw.to(weight.dtype), None, None, None
 
 

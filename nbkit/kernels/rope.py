@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from nbkit.kernels._launch import cdiv, jit, on_device, power_of_two, tl, use_triton
+from nbkit.kernels._launch import cdiv, kernel, on_device, power_of_two, tl, use_triton
 from nbkit.kernels._op import Case, KernelOp
 
 _TILE = 4096  # elements of one half that a program rotates
@@ -46,7 +46,7 @@ def reference(
 # -- kernel ----------------------------------------------------------------------------------------
 
 
-@jit
+@kernel
 def _rotate_kernel(
     X, OUT, COS, SIN, POSITIONS, x_b, x_t, x_h, out_b, out_t, out_h, table_b, table_t, positions_b, positions_t, T, H,
     INVERSE: tl.constexpr, INDEXED: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr

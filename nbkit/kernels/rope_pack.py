@@ -14,24 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbkit.kernels._launch import jit, on_device, power_of_two, tl, use_triton
+from nbkit.kernels._launch import jit, kernel, on_device, power_of_two, tl, use_triton
 from nbkit.kernels._op import Case, KernelOp
 
 
-def rotate_pack_reference(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+def rotate_pack_reference(
+    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, out: Tensor, at: tuple[int, int, int] | None = None
+) -> None:
     """Same in plain torch, in float32 or wider."""
     b, _, t, k = dq.shape
     wide = torch.promote_types(dq.dtype, torch.float32)
     c, s = (a.to(wide).expand(b, t, k)[:, None] for a in (cos, sin))
-    column = 0
-    for d, rotate in ((dq, True), (dk, True), (dv, False)):
-        x = d.to(wide)
+    starts = at or (0, dq.shape[1], dq.shape[1] + dk.shape[1])
+    for d, rotate, start in ((dq, True, starts[0]), (dk, True, starts[1]), (dv, False, starts[2])):
+        x, column = d.to(wide), start * k
         if rotate:
             y = x * s
             x = x * c + torch.cat([y[..., k // 2 :], -y[..., : k // 2]], -1)
         heads = d.shape[1]
         out[:, column : column + heads * k] = x.transpose(1, 2).reshape(b * t, heads * k)
-        column += heads * k
 
 
 @jit
@@ -58,9 +59,9 @@ def _turn_heads(
     tl.store(place + HALF, second.to(OUT.dtype.element_ty), mask=ok)
 
 
-@jit
+@kernel
 def _rotate_pack(
-    DQ, DK, DV, COS, SIN, OUT, qb, qh, qt, kb, kh, kt, vb, vh, vt, cb, so, T,
+    DQ, DK, DV, COS, SIN, OUT, qb, qh, qt, kb, kh, kt, vb, vh, vt, cb, so, T, oq, ok, ov,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HP: tl.constexpr, GP: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """One program: dq (axis 1 = 0), dk (1) or dv (2) of one token. cos and sin: (B or 1, T, K)."""
@@ -69,28 +70,31 @@ def _rotate_pack(
     cos, sin = COS + b * cb + t * K, SIN + b * cb + t * K
     out = OUT + n.to(tl.int64) * so
     if part == 0:
-        _turn_heads(DQ + b * qb + t * qt, cos, sin, out, qh, True, H, HP, K // 2, KP)
+        _turn_heads(DQ + b * qb + t * qt, cos, sin, out + oq, qh, True, H, HP, K // 2, KP)
     elif part == 1:
-        _turn_heads(DK + b * kb + t * kt, cos, sin, out + H * K, kh, True, G, GP, K // 2, KP)
+        _turn_heads(DK + b * kb + t * kt, cos, sin, out + ok, kh, True, G, GP, K // 2, KP)
     else:
-        _turn_heads(DV + b * vb + t * vt, cos, sin, out + (H + G) * K, vh, False, G, GP, K // 2, KP)
+        _turn_heads(DV + b * vb + t * vt, cos, sin, out + ov, vh, False, G, GP, K // 2, KP)
 
 
-def rotate_pack(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Write [rope^-1(dq) | rope^-1(dk) | dv] into the first (H + 2G) K columns of `out`.
+def rotate_pack(
+    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, out: Tensor, at: tuple[int, int, int] | None = None
+) -> None:
+    """Write rope^-1(dq), rope^-1(dk) and dv into the columns of `out`, beginning at its heads `at`: (0, H, H + G) if None.
 
     dq (B, H, T, K), dk and dv (B, G, T, K), any strides but a contiguous last axis; cos, sin (B or 1, T, K), contiguous;
     out (B*T, >= (H + 2G) K), rows contiguous. Head widths must be even.
     """
     if not use_triton(dq, cos, out):
-        rotate_pack_reference(dq, dk, dv, cos, sin, out)
+        rotate_pack_reference(dq, dk, dv, cos, sin, out, at)
         return
     b, h, t, k = dq.shape
     g = dk.shape[1]
+    oq, ok, ov = (head * k for head in at or (0, h, h + g))
     with on_device(out):
         _rotate_pack[(b * t, 3)](
             dq, dk, dv, cos, sin, out, *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
-            cos.stride(0) if cos.shape[0] > 1 else 0, out.stride(0), t,
+            cos.stride(0) if cos.shape[0] > 1 else 0, out.stride(0), t, oq, ok, ov,
             H=h, G=g, K=k, HP=power_of_two(h), GP=power_of_two(g), KP=power_of_two(k // 2), num_warps=4,
         )  # fmt: skip
 

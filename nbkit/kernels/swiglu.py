@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from nbkit.kernels._launch import as_rows, cdiv, check_rows, jit, on_device, power_of_two, tl, use_triton
+from nbkit.kernels._launch import as_rows, cdiv, check_rows, kernel, on_device, power_of_two, tl, use_triton
 from nbkit.kernels._op import Case, KernelOp
 
 _BLOCK = 2048
@@ -30,7 +30,7 @@ def reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 # -- kernels ---------------------------------------------------------------------------------------
 
 
-@jit
+@kernel
 def _swiglu_forward_kernel(GATE, UP, H, stride_gate, stride_up, stride_h, F, BLOCK: tl.constexpr):
     """BLOCK columns of one row a program."""
     row = tl.program_id(0).to(tl.int64)
@@ -41,7 +41,7 @@ def _swiglu_forward_kernel(GATE, UP, H, stride_gate, stride_up, stride_h, F, BLO
     tl.store(H + row * stride_h + col, (gate * tl.sigmoid(gate) * up).to(H.dtype.element_ty), mask=inside)
 
 
-@jit
+@kernel
 def _swiglu_backward_kernel(
     DH, GATE, UP, DGATE, DUP, H, stride_dh, stride_gate, stride_up, stride_dgate, stride_dup, stride_h, F,
     REBUILD: tl.constexpr, BLOCK: tl.constexpr

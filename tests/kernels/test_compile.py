@@ -55,7 +55,9 @@ def record(op: KernelOp, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) ->
     module = importlib.import_module(op.fn.__module__)
     with monkeypatch.context() as patched:
         for name, value in list(vars(module).items()):
-            if isinstance(value, triton.JITFunction):
+            if isinstance(value, _launch.Launcher):
+                patched.setattr(module, name, Recorder(value.jit, launches))
+            elif isinstance(value, triton.JITFunction):  # under a Triton whose launches nbkit does not know
                 patched.setattr(module, name, Recorder(value, launches))
             elif name in ("use_triton", "runs_on"):
                 patched.setattr(module, name, lambda *tensors: True)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -45,9 +48,7 @@ def test_the_folder_is_the_list() -> None:
     files = sorted(m.name for m in pkgutil.iter_modules(kernels.__path__) if not m.name.startswith("_"))
     assert [op.name for op in all_ops()] == files
     for op in all_ops():
-        assert op.fn.__module__ == f"nbkit.kernels.{op.name}" and callable(
-            importlib.import_module(op.fn.__module__).OP.fn
-        )
+        assert op.fn.__module__ == f"nbkit.kernels.{op.name}" and callable(importlib.import_module(op.fn.__module__).OP.fn)
         assert op.cases and op.benchmark
         assert len({case.reason for case in op.cases}) == len(op.cases), f"{op.name}: two cases give the same reason"
         inputs = op.inputs(op.cases[0], torch.float32, "cpu", 0)
@@ -76,3 +77,190 @@ def test_rows_are_views_where_they_can_be() -> None:
     assert torch.equal(_launch.as_rows(turned), turned.reshape(-1, 3)) and _launch.as_rows(turned).stride(1) == 1
     assert _launch.as_rows(torch.ones(3, 1).expand(3, 5)).stride(1) == 1
     assert [_launch.power_of_two(n) for n in (1, 2, 3, 576, 1024)] == [1, 2, 4, 1024, 1024]
+
+
+# -- the lean launcher -----------------------------------------------------------------------------
+
+
+class Compiled:
+    """Stands for a compiled kernel: says in `calls` what its launch was given."""
+
+    packed_metadata, function = ("packed",), "function"
+
+    def __init__(self, calls: list[Any]) -> None:
+        self.calls = calls
+
+    def run(self, *args: Any) -> None:
+        self.calls.append(("lean", *args))
+
+
+class Jitted:
+    """Stands for a `triton.jit` function of X, Y, n, eps, flag and two constants."""
+
+    __name__ = "fake"
+    params = tuple(
+        SimpleNamespace(name=n, is_constexpr=n.isupper() and len(n) > 1) for n in ("X", "Y", "n", "eps", "ADD", "BLOCK")
+    )
+    arg_names = tuple(p.name for p in params)
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        def run(*args: Any, **keywords: Any) -> Compiled:
+            self.calls.append(("ordinary", grid, args, keywords))
+            return Compiled(self.calls)
+
+        return run
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> _launch.Launcher:
+    """A launcher of a kernel that only records; CPU tensors are its device's (-1), whose stream is 77."""
+    hooks = SimpleNamespace(launch_enter_hook=SimpleNamespace(calls=[]), launch_exit_hook=None)
+    monkeypatch.setattr(_launch, "_driver", lambda: (lambda: -1, lambda device: 77, hooks))
+    made = _launch.Launcher(Jitted())
+    made.hooks = hooks  # type: ignore[attr-defined]
+    return made
+
+
+def how(launcher: _launch.Launcher, *args: Any, **keywords: Any) -> str:
+    launcher[(3,)](*args, **({"ADD": True, "BLOCK": 8, "num_warps": 4} | keywords))
+    return launcher.jit.calls[-1][0]
+
+
+def test_a_second_launch_calls_the_compiled_kernel(fake: _launch.Launcher) -> None:
+    x, y = torch.zeros(64), torch.zeros(64)
+    fake[(3, 2)](x, y, 5, 0.5, ADD=True, BLOCK=8, num_warps=4)
+    fake[(7, 2)](y, x, 9, 0.25, ADD=True, BLOCK=8, num_warps=4)
+    ordinary, lean = fake.jit.calls
+    assert ordinary == ("ordinary", (3, 2), (x, y, 5, 0.5), {"ADD": True, "BLOCK": 8, "num_warps": 4})
+    addresses = (y.data_ptr(), x.data_ptr())
+    assert lean == ("lean", 7, 2, 1, 77, "function", ("packed",), None, None, None, *addresses, 9, 0.25, True, 8)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        (5, 6, True), (5, 1, False), (1, 1, True), (16, 5, False), (16, 0, True), (16, -32, True), (5, -3, True),
+        (5, 2**31, False), (2**31 + 16, 2**31, True), (2**31, 2**31 + 1, False), (2**31, 2**63, False), (16, 2**31, False),
+        (1, True, False), (1, 1.0, False), (True, False, True), (5, 5.0, False), (None, 5, False),
+    ],
+)  # fmt: skip
+def test_numbers_are_told_apart_as_triton_does(fake: _launch.Launcher, first: Any, second: Any, same: bool) -> None:
+    x = torch.zeros(64)
+    assert how(fake, x, x, first, 0.5) == "ordinary" and how(fake, x, x, first, 0.5) == "lean"
+    assert how(fake, x, x, second, 0.5) == ("lean" if same else "ordinary")
+
+
+def test_the_key_tells_apart_what_triton_compiles_apart(fake: _launch.Launcher) -> None:
+    """Triton's own specialisation, asked for the same values: equal there exactly where the key is equal."""
+    specialize = pytest.importorskip("triton.runtime.jit").native_specialize_impl
+    backend = pytest.importorskip("triton.backends.nvidia.compiler").CUDABackend
+    values = [0, 1, 2, -1, 15, 16, -16, 48, 2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 16]
+    floats, buffer = [0.0, 1.0, 0.5, -3e38], torch.zeros(64)
+    tensors = [
+        t for d in (torch.float32, torch.float16, torch.uint8) for t in (buffer.to(d), buffer.to(d)[1:], buffer.to(d)[16:])
+    ]
+    every = [*values, *floats, True, False, None, *tensors]
+    theirs = [specialize(backend, value, False, True, True) for value in every]
+    ours = []
+    for value in every:
+        fake.made.clear()
+        fake[(1,)](buffer, value, 3, 0.5, ADD=True, BLOCK=8)
+        ours.append(next(iter(fake.made)))
+    for i, a in enumerate(every):
+        for j, b in enumerate(every):
+            if theirs[i] != theirs[j]:
+                assert ours[i] != ours[j], f"{a!r} and {b!r} need kernels of their own"
+            else:
+                assert ours[i] == ours[j], f"{a!r} and {b!r} can share a kernel"
+
+
+def test_tensors_are_told_apart_by_dtype_and_alignment(fake: _launch.Launcher) -> None:
+    x = torch.zeros(64)
+    assert how(fake, x, x, 5, 0.5) == "ordinary"
+    assert how(fake, x[4:], x[8:], 5, 0.5) == "lean"
+    assert how(fake, x[1:], x, 5, 0.5) == "ordinary" and how(fake, x, x[1:], 5, 0.5) == "ordinary"
+    assert how(fake, x[3:], x, 5, 0.5) == "lean"
+    assert how(fake, x.half(), x, 5, 0.5) == "ordinary"
+    assert how(fake, torch.nn.Parameter(x), x, 5, 0.5) == "lean"
+
+
+def test_constants_options_and_devices_are_told_apart(fake: _launch.Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(64)
+    assert how(fake, x, x, 5, 0.5) == "ordinary"
+    for change in ({"ADD": False}, {"BLOCK": 16}, {"num_warps": 8}, {"num_stages": 4}):
+        assert how(fake, x, x, 5, 0.5, **change) == "ordinary" and how(fake, x, x, 5, 0.5, **change) == "lean"
+    other = (lambda: 1, lambda device: 78, fake.hooks)  # type: ignore[attr-defined]
+    monkeypatch.setattr(_launch, "_driver", lambda: other)
+    before = len(fake.made)
+    assert how(fake, x, x, 5, 0.5) == "ordinary" and how(fake, x, x, 5, 0.5) == "ordinary", "x is not on device 1"
+    assert len(fake.made) == before
+
+
+def test_a_profilers_hook_sees_every_launch(fake: _launch.Launcher) -> None:
+    x = torch.zeros(64)
+    assert how(fake, x, x, 5, 0.5) == "ordinary" and how(fake, x, x, 5, 0.5) == "lean"
+    fake.hooks.launch_enter_hook.calls.append(print)  # type: ignore[attr-defined]
+    assert how(fake, x, x, 5, 0.5) == "ordinary"
+    fake.hooks.launch_enter_hook.calls.clear()  # type: ignore[attr-defined]
+    fake.hooks.launch_exit_hook = print  # type: ignore[attr-defined]
+    assert how(fake, x, x, 5, 0.5) == "ordinary"
+
+
+def test_arguments_given_the_wrong_way_are_refused(fake: _launch.Launcher) -> None:
+    x = torch.zeros(64)
+    with pytest.raises(TypeError, match=r"fake: give eps by"):
+        fake[(1,)](x, x, 5, eps=0.5, ADD=True, BLOCK=8)
+    with pytest.raises(TypeError, match="give BLOCK by"):
+        fake[(1,)](x, x, 5, 0.5, ADD=True)
+    with pytest.raises(TypeError, match="give ADD by"):
+        fake[(1,)](x, x, 5, 0.5, True, BLOCK=8)
+    assert not fake.made and not fake.jit.calls
+
+
+def test_unknown_versions_are_said() -> None:
+    assert _launch.launch_note("3.6.0") == _launch.launch_note("3.7.1+git") == ""
+    assert "3.6 and 3.7" in _launch.launch_note("3.10.0") and "3.10.0" in _launch.launch_note("3.10.0")
+    if _launch.triton is not None:
+        assert (_launch.launch_note() == "") == _launch.LEAN
+
+
+@pytest.mark.skipif(_launch.triton is None or not _launch.LEAN or _launch.INTERPRETED, reason="launches are not lean here")
+def test_the_compiled_kernel_is_called_as_triton_calls_it() -> None:
+    """What `Launcher` rests on: the parameters of the launch, and that Triton hands it every argument, constants included."""
+    driver = pytest.importorskip("triton.backends.nvidia.driver")
+    names = list(inspect.signature(driver.CudaLauncher.__call__).parameters)
+    assert names[:6] == ["self", "gridX", "gridY", "gridZ", "stream", "function"] and names[-1] == "args"
+    assert names[6:-1] in ([], ["kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook"])
+
+
+@pytest.mark.gpu
+def test_lean_launches_equal_ordinary_ones() -> None:
+    """Numbers that are 1, divisible by 16 or neither, pointers aligned and not, another stream, and a recorded graph."""
+    from nbkit.kernels.swiglu import _swiglu_forward_kernel, reference, swiglu_forward
+
+    assert isinstance(_swiglu_forward_kernel, _launch.Launcher), _launch.launch_note()
+    for n, f, shift in ((1, 64, 0), (3, 37, 0), (16, 1, 1), (5, 48, 1), (2, 4096, 8)):
+        for _ in range(3):  # the first compiles, the others are lean
+            buffer = torch.randn(n, 2 * f + shift, device="cuda", dtype=torch.float16)[:, shift:]
+            gate, up = buffer[:, :f], buffer[:, f:]
+            torch.testing.assert_close(swiglu_forward(gate, up), reference(gate.float(), up.float()).half(), rtol=2e-3, atol=2e-3)
+    assert len(_swiglu_forward_kernel.made) >= 3
+    gate, up, out = (torch.randn(64, 128, device="cuda", dtype=torch.float16) for _ in range(3))
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        swiglu_forward(gate, up, out)
+    torch.cuda.current_stream().wait_stream(stream)
+    before = len(_swiglu_forward_kernel.made)
+    with torch.cuda.graph(graph):
+        swiglu_forward(gate, up, out)
+    assert len(_swiglu_forward_kernel.made) == before, "the recorded launch was lean"
+    gate.copy_(torch.randn_like(gate))
+    out.zero_()
+    graph.replay()
+    torch.testing.assert_close(out, reference(gate.float(), up.float()).half(), rtol=2e-3, atol=2e-3)
+    with pytest.raises((ValueError, RuntimeError), match=r"(?i)cpu tensor|pointer"):
+        _swiglu_forward_kernel[(1, 1)](gate.cpu(), up, out, 128, 128, 128, 128, BLOCK=128, num_warps=4)
