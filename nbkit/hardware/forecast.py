@@ -58,9 +58,24 @@ def working(level: int, rows: int, s: Sizes) -> int:
     return rows * s.size * (max(mlp, attention) + again)
 
 
+def lean(level: int, rows: int, s: Sizes, tile: int, groups: int) -> int:
+    """The same where the backward goes in tiles and head groups, in place: x, g, [q|k|v] and out stay whole."""
+    attention, share = s.heads * s.head, min(1.0, groups / s.kv_heads)
+    whole = rows * s.size * (2 * s.hidden + s.qkv + attention)
+    sums = 4 * attention  # attention's own, in float32
+    by_heads = int(rows * share * (s.size * (2 * attention + 2 * s.kv_heads * s.head) + sums))  # do, dq, dk, dv
+    by_tiles = min(tile, rows) * s.size * (5 * s.intermediate + 4 * s.hidden)
+    return whole + max(by_heads, by_tiles)
+
+
 def head(rows: int, s: Sizes) -> int:
     """The loss: hidden states, their gradient, one chunk of logits."""
     return rows * s.hidden * s.size * 3 + min(CHUNK, rows * s.vocab * s.size)
+
+
+def host(level: int, rows: int, s: Sizes) -> int:
+    """Bytes of host RAM for the layer inputs of a step, and for the attention outputs at level 3."""
+    return s.layers * rows * s.size * (s.hidden + (s.heads * s.head if level < 4 else 0))
 
 
 def scratch(s: Sizes) -> int:
@@ -68,14 +83,37 @@ def scratch(s: Sizes) -> int:
     return s.weights // s.layers * s.size
 
 
-def step(level: int, rows: int, s: Sizes, *, four_bit: bool, copy: bool = False, optimizer_bytes: int = 8) -> dict[str, int]:
-    """Bytes by part that a training step adds to the loaded model."""
+def step(
+    level: int,
+    rows: int,
+    s: Sizes,
+    *,
+    four_bit: bool,
+    copy: bool = False,
+    optimizer_bytes: int = 8,
+    offload: bool = False,
+    tile: int | None = None,
+    groups: int | None = None,
+    parked: bool = False,
+) -> dict[str, int]:
+    """Bytes by part that a training step adds to the loaded model.
+
+    Args:
+        level, offload, tile, groups: as in models/layer/keep.py.
+        copy: NF4 weights are held in 16 bits too.
+        optimizer_bytes: of the optimizer's state, for one LoRA parameter.
+        parked: the embedding is moved to host RAM, which gives its bytes back.
+    """
+    on_device = kept(level, s) - (s.size * (s.hidden + (s.heads * s.head if level < 4 else 0)) if offload else 0)
+    work = working(level, rows, s) if groups is None else lean(level, rows, s, tile or rows, groups)
     parts = {
-        "kept activations": s.layers * rows * kept(level, s),
-        "working memory": max(working(level, rows, s), head(rows, s)),
+        "kept activations": s.layers * rows * on_device,
+        "working memory": max(work, head(rows, s) + (2 * rows * s.hidden * s.size if groups else 0)),
         "LoRA gradients": s.lora * s.lora_bytes * 2,
         "optimizer": s.lora * optimizer_bytes,
     }
     if four_bit:
         parts["16-bit copy of the weights" if copy else "dequantised layer"] = s.weights * s.size if copy else scratch(s)
+    if parked:
+        parts["embedding in host RAM"] = -s.vocab * s.hidden * s.size
     return parts

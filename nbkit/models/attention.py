@@ -130,6 +130,13 @@ def backward(
     return _plain_backward(how, do, q, k, v, out, mask, kept[0])
 
 
+def of_heads(how: Attend, kept: tuple[Tensor, ...], heads: slice) -> tuple[Tensor, ...]:
+    """What `forward` kept, for some of the query heads: its log-sum-exp (B, H, T) or (B, H, T, 1) is cut."""
+    lse, *rest = kept
+    some = lse[:, heads]
+    return (some if how.kind == "cudnn" else some.contiguous(), *rest)  # the other kernels read it without strides
+
+
 def repeat(x: Tensor, times: int) -> Tensor:
     """(B, G, T, K) -> (B, G * times, T, K), each key/value head for `times` query heads."""
     if times == 1:

@@ -23,7 +23,9 @@ from nbkit.kernels.linear_cross_entropy import linear_cross_entropy
 from nbkit.kernels.rms_norm import rms_norm
 from nbkit.kernels.rope import rope
 from nbkit.kernels.swiglu import swiglu
-from nbkit.models.layer.bind import causal_only
+from nbkit.models.layer import binding_of
+from nbkit.models.layer.bind import LAST, causal_only
+from nbkit.models.layer.function import FinalNorm
 from nbkit.models.outputs import LossOutput
 
 MARK = "_nbkit_family"  # instance attribute: the family whose facts the bound forward reads
@@ -64,6 +66,9 @@ def _norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     if family is None:
         return type(self).forward(self, hidden_states)
     facts = family.norm
+    binding = vars(self).get(LAST)
+    if binding is not None and hidden_states.requires_grad and torch.is_grad_enabled() and binding.bound:
+        return FinalNorm.apply(hidden_states, self.weight, getattr(self, facts.eps), binding.rows, binding.width)
     return rms_norm(hidden_states, self.weight, getattr(self, facts.eps), offset=facts.offset, cast=facts.cast)
 
 
@@ -158,8 +163,27 @@ def _causal_lm(
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-    made.attach(lambda: _logits(self, family, hidden), listed=not self.training)
+    made.attach(_maker(self, family, hidden, loss), listed=not self.training)
     return made
+
+
+def _maker(model: Any, family: Family, hidden: torch.Tensor, loss: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Makes the logits when they are read. Where memory is short the hidden states are held until the backward only."""
+    binding = binding_of(model)
+    if binding is None or not binding.chosen.in_place or not loss.requires_grad:
+        return lambda: _logits(model, family, hidden)
+    held = [hidden]
+    loss.register_hook(lambda _: held.clear())
+
+    def make() -> torch.Tensor:
+        if not held:
+            raise RuntimeError(
+                "The logits of this step are gone: to save memory they can be made before its backward only; read outputs.logits "
+                "before loss.backward(), or train without gradient checkpointing."
+            )
+        return _logits(model, family, held[0])
+
+    return make
 
 
 def _recorded(

@@ -95,7 +95,7 @@ class Graphs:
             self.learn()
         if not self.fits(ids):
             return None
-        key = (tuple(ids.shape), self.binding.keep or self.binding.planner.keep, self.binding.checkpointed)
+        key = (tuple(ids.shape), self.binding.chosen, self.binding.checkpointed)
         one = self.recorded.get(key) or self.record_if_due(key, ids.shape)
         if one is None:
             return None
@@ -135,6 +135,7 @@ class Graphs:
             "not every layer takes the fused path": parts is None or bool(binding.reasons),
             "the tokens are not on the GPU": not ids.is_cuda,
             "float16 needs the loss scale inside the step": parts is not None and parts.dtype == torch.float16,
+            "layer inputs are kept in host RAM": binding.chosen.offload,
             "autocast asks for another dtype": parts is not None and autocast_differs("cuda", parts.dtype),
             "more is trained than LoRA": not self.only_lora or any(p.requires_grad for p in self.outside),
             "the GPU, not its launches, sets the pace": ids.numel() * self.weights > LAUNCH_BOUND,

@@ -1,27 +1,42 @@
 """Which keep level the layers take, and whether NF4 weights get a 16-bit copy: from the memory that is free before the step.
 
-Levels differ in speed and bytes alone, never in results. The planner takes the fastest that fits with a margin; a larger batch
-later is planned again. Where gradient checkpointing was asked for it takes level 4 and no copy: the least memory.
+Plans differ in speed and bytes alone, never in results. The planner takes the fastest that fits with a margin; a larger batch
+later is planned again. In order of speed:
+
+    level 0 with a 16-bit copy of NF4 weights · levels 0 to 3 · level 3 lean with layer inputs and attention outputs in host RAM
+    · level 4 lean · the same with layer inputs in host RAM, in smaller tiles, with the embedding in host RAM too
+
+"lean": token tiles, head groups in the attention backward, gradients in place. Where gradient checkpointing was asked for,
+only the lean ones are looked at.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from nbkit.hardware import forecast
-from nbkit.models.layer.keep import DEFAULT, LEVELS, Keep
+from nbkit.models.layer.keep import DEFAULT, Keep
 
-MARGIN = 0.06  # of the free memory: fragments, and what the forecast does not know
-RESERVE = 512 * 2**20  # cuBLAS workspaces, cuDNN, other small users
+MARGIN = 0.03  # of the free memory: fragments, and what the forecast does not know
+RESERVE = 320 * 2**20  # cuBLAS workspaces, cuDNN, other small users
+HOST_SHARE = 0.75  # of the free host RAM that kept activations may take
+TILE = 4096  # rows: GEMMs lose nothing at this size
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What was chosen for `rows` rows, the bytes it should take beyond the loaded model, and why."""
+    """What was chosen for `rows` rows, the bytes it should take beyond the loaded model, and why.
+
+    Attributes:
+        copy: a 16-bit copy of the NF4 weights is held.
+        park: the embedding lies in host RAM.
+        host: bytes of host RAM for what layers keep.
+    """
 
     keep: Keep
     copy: bool
@@ -29,11 +44,15 @@ class Plan:
     needed: int
     free: int
     why: str
+    park: bool = False
+    host: int = 0
 
     def __str__(self) -> str:
-        copy = ", a 16-bit copy of the NF4 weights" if self.copy else ""
-        need = f"{self.needed / GIB:.1f} of {self.free / GIB:.1f} GiB free"
-        return f"keep level {self.keep.level}{copy} for {self.rows:,} tokens a step ({need}): {self.why}"
+        extra = ", a 16-bit copy of the NF4 weights" if self.copy else ""
+        extra += ", the embedding in host RAM" if self.park else ""
+        host = f", {self.host / GIB:.1f} GiB of host RAM" if self.host else ""
+        need = f"{self.needed / GIB:.1f} of {self.free / GIB:.1f} GiB free{host}"
+        return f"keep {self.keep}{extra} for {self.rows:,} tokens a step ({need}): {self.why}"
 
 
 class Planner:
@@ -47,6 +66,10 @@ class Planner:
     def keep(self) -> Keep:
         return self.plan.keep if self.plan else DEFAULT
 
+    @property
+    def parks(self) -> bool:
+        return self.plan is not None and self.plan.park
+
     def due(self, rows: int, checkpointed: bool) -> bool:
         """Whether a step of so many rows needs a new plan."""
         return self.plan is None or rows > self.plan.rows or checkpointed != self.checkpointed
@@ -59,41 +82,102 @@ class Planner:
         held = sum(c.numel() * c.element_size() for c in copies)
         stepped = any(p.grad is not None for b in binding.bound for p in b.params)
         self.checkpointed = checkpointed
-        self.plan = choose(sizes, rows, free_bytes(device) + held, four_bit=four_bit, checkpointed=checkpointed, stepped=stepped)
+        self.plan = choose(
+            sizes,
+            rows,
+            free_bytes(device) + held,
+            four_bit=four_bit,
+            checkpointed=checkpointed,
+            stepped=stepped,
+            host=free_host_bytes() + (binding.host.held if binding.host is not None else 0),
+            may_park=device.type == "cuda" and binding.may_park(),
+        )
         return self.plan
 
 
+def candidates(sizes: forecast.Sizes, rows: int, *, four_bit: bool, checkpointed: bool) -> Iterator[tuple[Keep, bool, bool]]:
+    """(keep, copy, park) from the fastest to the leanest."""
+    if not checkpointed:
+        if four_bit:
+            yield Keep(0), True, False
+        for level in range(4):
+            yield Keep(level), False, False
+    groups = max(1, sizes.kv_heads // 4)
+    tile = TILE if rows > TILE else max(256, -(-rows // 512) * 256)  # half the rows where they are few
+    yield Keep(3, tile, True, groups), False, False
+    yield Keep(4, tile, False, groups), False, False
+    yield Keep(4, tile, True, groups), False, False
+    yield Keep(3, tile, True, groups), False, True
+    yield Keep(4, tile, True, groups), False, True
+    yield Keep(4, min(tile, TILE // 2), True, 1), False, True
+
+
 def choose(
-    sizes: forecast.Sizes, rows: int, free: int, *, four_bit: bool, checkpointed: bool = False, stepped: bool = False
+    sizes: forecast.Sizes,
+    rows: int,
+    free: int,
+    *,
+    four_bit: bool,
+    checkpointed: bool = False,
+    stepped: bool = False,
+    host: int = 0,
+    may_park: bool = False,
 ) -> Plan:
-    """The fastest plan for `rows` rows that fits into `free` bytes; level 4 if none does.
+    """The fastest plan for `rows` rows that fits into `free` bytes; the leanest if none does.
 
     Args:
-        checkpointed: gradient checkpointing was asked for: level 4, no copy.
+        checkpointed: gradient checkpointing was asked for: only plans that save memory.
         stepped: gradients and optimizer state are there already and not to be counted.
+        host: bytes of host RAM that are free.
+        may_park: whether the embedding may lie in host RAM.
     """
-
-    def needed(level: int, copy: bool) -> int:
-        parts = forecast.step(level, rows, sizes, four_bit=four_bit, copy=copy)
-        return sum(n for name, n in parts.items() if not (stepped and name in ("LoRA gradients", "optimizer")))
-
-    if checkpointed:
-        return Plan(Keep(4), False, rows, needed(4, False), free, "gradient checkpointing was asked for")
     room = int(free * (1 - MARGIN)) - RESERVE
-    for level in LEVELS:
-        if needed(level, False) <= room or level == LEVELS[-1]:
-            break
-    why = "memory is free" if level == 0 else f"level {level - 1} needs {needed(level - 1, False) / GIB:.1f} GiB"
-    copy = four_bit and level == 0 and needed(level, True) <= room
-    return Plan(Keep(level), copy, rows, needed(level, copy), free, why)
+    passed, least = [], None
+    for keep, copy, park in candidates(sizes, rows, four_bit=four_bit, checkpointed=checkpointed):
+        on_host = forecast.host(keep.level, rows, sizes) if keep.offload else 0
+        if (park and not may_park) or on_host > HOST_SHARE * host:
+            continue
+        parts = forecast.step(
+            keep.level, rows, sizes, four_bit=four_bit, copy=copy,
+            offload=keep.offload, tile=keep.tile, groups=keep.groups, parked=park,
+        )  # fmt: skip
+        needed = sum(n for name, n in parts.items() if not (stepped and name in ("LoRA gradients", "optimizer")))
+        plan = Plan(keep, copy, rows, needed, free, "", park, on_host)
+        if needed <= room:
+            return _because(plan, passed, checkpointed)
+        passed.append(plan)
+        least = plan if least is None or plan.needed < least.needed else least
+    assert least is not None
+    return _because(least, [], checkpointed, "nothing leaner is there; it may not fit")
+
+
+def _because(plan: Plan, passed: list[Plan], checkpointed: bool, why: str = "") -> Plan:
+    faster = [p for p in passed if not p.copy]
+    if not why and checkpointed:
+        why = "gradient checkpointing was asked for"
+    elif not why:
+        why = f"{faster[-1].keep} needs {faster[-1].needed / GIB:.1f} GiB" if faster else "memory is free"
+    return Plan(plan.keep, plan.copy, plan.rows, plan.needed, plan.free, why, plan.park, plan.host)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated: what the driver has free and what torch holds unused. Without a GPU: no limit."""
+    """Bytes that can still be allocated: what the driver has free and what torch holds unused, within the process's own limit.
+
+    Without a GPU: no limit.
+    """
     if device.type != "cuda":
         return 2**62
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return min(free, int(share * total) - reserved) + reserved - allocated
+
+
+def free_host_bytes() -> int:
+    """Host RAM that is free, bytes."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def sizes_of(binding: Any) -> tuple[forecast.Sizes, bool]:

@@ -6,7 +6,7 @@ import pytest
 
 from nbkit.hardware import forecast
 from nbkit.models.layer.keep import LEVELS
-from nbkit.models.planner import choose
+from nbkit.models.planner import candidates, choose
 
 GIB = 2**30
 EIGHT = forecast.Sizes(32, 4096, 14336, 32, 8, 128, 128256, lora=41_943_040)
@@ -23,13 +23,38 @@ def test_kept_bytes_are_those_of_the_table():
 
 
 def test_less_memory_never_gives_a_faster_plan_and_the_plan_fits():
+    order = [p[0] for p in candidates(EIGHT, 4096, four_bit=True, checkpointed=False)]
     last = -1
-    for gib in (140, 60, 30, 20, 16, 12, 10, 8, 6, 4, 1):
-        plan = choose(EIGHT, 4096, gib * GIB, four_bit=True)
-        assert plan.keep.level >= last
-        assert plan.needed <= gib * GIB or plan.keep.level == 4
-        last = plan.keep.level
-    assert last == 4
+    for gib in (140, 60, 30, 20, 16, 12, 10, 8, 6, 4, 2.5, 1, 0.3):
+        plan = choose(EIGHT, 4096, int(gib * GIB), four_bit=True, host=100 * GIB, may_park=True)
+        assert order.index(plan.keep) >= last
+        assert plan.needed <= gib * GIB or "may not fit" in plan.why
+        last = order.index(plan.keep)
+    assert "may not fit" in plan.why and plan.park
+
+
+def test_every_candidate_needs_less_than_the_ones_it_replaces():
+    for rows in (512, 4096, 32768, 131072):
+        needs = []
+        for keep, copy, park in candidates(EIGHT, rows, four_bit=True, checkpointed=False):
+            parts = forecast.step(
+                keep.level, rows, EIGHT, four_bit=True, copy=copy,
+                offload=keep.offload, tile=keep.tile, groups=keep.groups, parked=park,
+            )  # fmt: skip
+            needs.append(sum(parts.values()))
+        assert needs[-1] == min(needs) and needs[0] == max(needs)
+
+
+def test_host_memory_is_taken_only_where_it_is_there():
+    rich = choose(EIGHT, 32768, 10 * GIB, four_bit=True, host=64 * GIB)
+    poor = choose(EIGHT, 32768, 10 * GIB, four_bit=True, host=2 * GIB)
+    assert rich.keep.offload and rich.host == forecast.host(rich.keep.level, 32768, EIGHT) and "host RAM" in str(rich)
+    assert not poor.keep.offload
+
+
+def test_the_embedding_is_parked_only_where_it_may_be():
+    tight = [choose(EIGHT, 131072, 9 * GIB, four_bit=True, host=400 * GIB, may_park=may) for may in (True, False)]
+    assert tight[0].park and not tight[1].park
 
 
 def test_a_copy_only_where_level_0_leaves_room_for_it():
@@ -39,9 +64,10 @@ def test_a_copy_only_where_level_0_leaves_room_for_it():
     assert not choose(EIGHT, 4096, 140 * GIB, four_bit=False).copy
 
 
-def test_checkpointing_takes_level_four():
-    plan = choose(EIGHT, 4096, 140 * GIB, four_bit=True, checkpointed=True)
-    assert plan.keep.level == 4 and not plan.copy and "checkpointing" in str(plan)
+def test_checkpointing_saves_memory_whatever_is_free():
+    plan = choose(EIGHT, 4096, 140 * GIB, four_bit=True, checkpointed=True, host=64 * GIB)
+    assert plan.keep.offload and plan.keep.in_place and not plan.copy and "checkpointing" in str(plan)
+    assert choose(EIGHT, 4096, 140 * GIB, four_bit=True, checkpointed=True).keep.level == 4
 
 
 def test_gradients_and_optimizer_are_counted_once():

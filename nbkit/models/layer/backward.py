@@ -5,6 +5,7 @@ Written with the border (weights.py):   [dy | dy scale B] [W ; A] is dx, and the
 
 `g` is the gradient of the residual stream. It lives in rows of D + R columns, so it is [dy | ..] for down_proj and o_proj as it
 stands. Gradients that come from outside are copied into such rows once; from layer to layer the rows are handed on (function.py).
+Where `keep.in_place` says so, g is updated in place and dq, dk, dv are written over q, k, v, some heads at a time.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from nbkit.models.layer.forward import Call, Kept, attend, border, empty, gates,
 from nbkit.models.layer.parts import Parts
 from nbkit.models.layer.weights import Group
 
+EARLY = 64 * 2**20  # bytes of a layer input up to which the next one is fetched at once: longer copies hide behind less work
 aten = torch.ops.aten
 
 
@@ -85,20 +87,26 @@ def run(
     call: Call, g: Tensor, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, kept: Kept, need_dx: bool
 ) -> tuple[Tensor | None, list[Tensor]]:
     """g (N, D + R) -> (N, D + R) rows whose first D columns are dx (None unless `need_dx`), and the LoRA gradients."""
-    p, n = call.parts, call.rows
+    p, n, lean = call.parts, call.rows, call.keep.in_place
     tiles = call.keep.tiles(n)
     sums = {group.name: Gradients(group, len(tiles)) for group in p.groups}
+    early = call.parcel is not None and n * p.d * x.element_size() <= EARLY
+    if early:
+        call.parcel.start_previous()
     qkv, xa_qkv, out, state = kept.qkv, kept.xa_qkv, kept.out, kept.attention
     if qkv is None:
-        qkv, xa_qkv = queries_keys_values(call, x, cos, sin, None)
+        qkv, xa_qkv = queries_keys_values(call, x, cos, sin, None, room=p.qkv.rank if lean else 0)
     if out is None:
         out, state = attend(call, qkv, mask)
-    g_mid = torch.empty_like(g)
+    g_mid = g if lean else torch.empty_like(g)
     for t in tiles:
         _mlp_and_o(p, t, g[t], g_mid[t], x, out, kept, sums)
-    d_out = input_gradient(g_mid[:, : p.d + p.o.rank], p.o, p.o.weight())
-    dqkv = _attention(call, d_out, qkv, out, cos, sin, mask, state)
-    del d_out, qkv, out, state
+    attention_backward = _attention_by_heads if lean else _attention
+    dqkv = attention_backward(call, g_mid, qkv, out, cos, sin, mask, state)
+    del qkv, out, state
+    kept.out, kept.attention = None, ()
+    if call.parcel is not None and not early:
+        call.parcel.start_previous()
     w_qkv = p.qkv.weight()
     fill_border(dqkv, p.qkv, w_qkv)
     for t in tiles:
@@ -135,7 +143,8 @@ def _mlp_and_o(
     dh = input_gradient(dy, p.down, w_down)
     dgu = border(2 * p.f, p.gate_up, n, x)
     ops.swiglu_backward(dh, gate_up[:, : p.f], gate_up[:, p.f :], dgu[:, : p.f], dgu[:, p.f : 2 * p.f], h=dh)
-    sums["down"].add(dy, dh, kept.xa_down[t])  # dh holds h by now
+    # dh holds h by now
+    sums["down"].add(dy, dh, kept.xa_down[t] if kept.xa_down is not None else lora_products(dh, p.down, w_down))
     del dh, gate_up
     fill_border(dgu, p.gate_up, w_gate_up)
     sums["gate_up"].add(dgu, h[:, : p.d], xa)
@@ -145,15 +154,46 @@ def _mlp_and_o(
     sums["o"].add(dy, out[t], xa_o)
 
 
+def lora_products(x: Tensor, group: Group, weight: Tensor) -> Tensor:
+    """x A^T (n, R) of x (n, I)."""
+    return torch.mm(x, weight[group.outputs : group.outputs + group.rank, : group.inputs].t())
+
+
+def _heads_of(call: Call, rows: Tensor) -> Tensor:
+    """Rows (N, heads K) as (B, heads, T, K)."""
+    return rows.unflatten(0, (call.batch, call.tokens)).unflatten(2, (-1, call.parts.k)).transpose(1, 2)
+
+
 def _attention(
-    call: Call, d_out: Tensor, qkv: Tensor, out: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, state: tuple[Tensor, ...]
+    call: Call, g_mid: Tensor, qkv: Tensor, out: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, state: tuple[Tensor, ...]
 ) -> Tensor:
-    """Rows [dq | dk | dv | room for the border]: attention's backward, turned back by rope."""
+    """Rows [dq | dk | dv | room for the border]: back through o_proj and attention, turned back by rope."""
     p, n = call.parts, call.rows
     q, k, v = heads(call, qkv)
-    do = d_out.unflatten(0, (call.batch, call.tokens)).unflatten(2, (p.h, p.k)).transpose(1, 2)
-    o = out.unflatten(0, (call.batch, call.tokens)).unflatten(2, (p.h, p.k)).transpose(1, 2)
+    do = _heads_of(call, input_gradient(g_mid[:, : p.d + p.o.rank], p.o, p.o.weight()))
+    dq, dk, dv = attention.backward(call.how, do, q, k, v, _heads_of(call, out), mask, state, tuple(call.numbers))
+    del do
     dqkv = border(p.qkv.outputs, p.qkv, n, qkv)
-    dq, dk, dv = attention.backward(call.how, do, q, k, v, o, mask, state, tuple(call.numbers))
     ops.rotate_pack(dq, dk, dv, cos, sin, dqkv)
     return dqkv
+
+
+def _attention_by_heads(
+    call: Call, g_mid: Tensor, qkv: Tensor, out: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, state: tuple[Tensor, ...]
+) -> Tensor:
+    """The same, `keep.groups` key/value heads and their queries at a time; dq, dk, dv take the place of q, k, v."""
+    p, step = call.parts, call.keep.groups or call.parts.g
+    per = p.h // p.g
+    q, k, v = heads(call, qkv)
+    o, w_o = _heads_of(call, out), p.o.weight()
+    for first in range(0, p.g, step):
+        kv = slice(first, min(first + step, p.g))
+        mine = slice(kv.start * per, kv.stop * per)
+        columns = w_o[: p.d + p.o.rank, mine.start * p.k : mine.stop * p.k]
+        do = _heads_of(call, torch.mm(g_mid[:, : p.d + p.o.rank], columns))
+        some = attention.of_heads(call.how, state, mine)
+        parts = attention.backward(call.how, do, q[:, mine], k[:, kv], v[:, kv], o[:, mine], mask, some, tuple(call.numbers))
+        del do
+        ops.rotate_pack(*parts, cos, sin, qkv, at=(mine.start, p.h + kv.start, p.h + p.g + kv.start))
+        del parts
+    return qkv

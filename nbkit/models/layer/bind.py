@@ -13,22 +13,25 @@ from torch import Tensor, nn
 from nbkit.families import Family
 from nbkit.kernels.lora_border import BorderWriter
 from nbkit.models import attention
+from nbkit.models.embedding import Embedding
 from nbkit.models.layer.adapters import Unfit
 from nbkit.models.layer.forward import Call
 from nbkit.models.layer.function import GradientRows, LayerFunction
 from nbkit.models.layer.keep import Keep
+from nbkit.models.layer.offload import Host
 from nbkit.models.layer.parts import Parts
 from nbkit.models.layer.weights import Scratch
 from nbkit.models.planner import Planner
 
 MARK = "_nbkit_layers"  # instance attribute: of the decoder its Binding, of each layer its BoundLayer
+LAST = "_nbkit_last_norm"  # instance attribute of the norm after the layers: their Binding
 
 
 class Binding:
     """All decoder layers of one model on the fused path, bound by `bind` and taken off by `release`.
 
     `reasons` says for each layer index that runs stock why it does; it is brought up to date by every forward.
-    `keep` is the level of all layers; None: the planner's, or level 4 where gradient checkpointing was asked for.
+    `keep` is what all layers keep; None: what the planner says.
     """
 
     def __init__(self, decoder: nn.Module, layers: list[nn.Module], family: Family, config: Any) -> None:
@@ -42,6 +45,11 @@ class Binding:
         self.how: set[str] = set()  # the attention implementations met, for the report
         self.version = 0  # goes up when anything changes that a recorded step holds fixed
         self.writer: BorderWriter | None = None
+        self.checkpoint: bool | str | None = None  # as a trainer asks for it: anything but None and False saves memory
+        self.host: Host | None = None  # made when a plan first asks for host RAM
+        self.norm: nn.Module | None = None  # after the last layer
+        self.embedding = Embedding(decoder)
+        self.tied = bool(getattr(config, "tie_word_embeddings", False))
         self.causal: Tensor | None = None  # stands for the mask in a forward that needs none but the causal one
         for index, layer in enumerate(layers):
             try:
@@ -59,10 +67,27 @@ class Binding:
     def __reduce__(self) -> tuple[Any, ...]:
         return (_nothing, ())  # a copied or pickled model runs stock until it is patched itself
 
+    def lead(self, norm: nn.Module) -> None:
+        """Let the norm after the layers begin their gradient in the rows they take; its forward reads the mark."""
+        if self.family.norm.offset == 0.0 and self.family.norm.cast == "before_weight":
+            self.norm = norm
+            vars(norm)[LAST] = self
+
     @property
     def checkpointed(self) -> bool:
-        """Whether gradient checkpointing is on; here it is a level, and the stock wrapper is not used."""
-        return any(layer.checkpointed for layer in self.bound)
+        """Whether memory is to be saved: gradient checkpointing is on. Here it is a level, and the stock wrapper is not used."""
+        return bool(self.checkpoint) or any(layer.checkpointed for layer in self.bound)
+
+    @property
+    def width(self) -> int:
+        """Columns of the residual stream's gradient with room for LoRA's, as the last layer takes it."""
+        p = self.bound[-1].parts
+        return p.d + max(p.o.rank, p.down.rank)
+
+    @property
+    def chosen(self) -> Keep:
+        """What the layers keep in the next forward."""
+        return self.keep or self.planner.keep
 
     def refresh(self) -> None:
         """Read all adapters again; `version` goes up if anything changed."""
@@ -80,6 +105,10 @@ class Binding:
         self.scratch.owner.clear()  # adapters may have been stepped since: what was dequantised with them is old
         self.writer.write()
         self.causal = None
+        if self.host is not None:
+            self.host.begin()
+        training = torch.is_grad_enabled()
+        self.embedding.park(training and self.planner.parks and self.keep is None)
         if not torch.is_grad_enabled() or not self.bound:
             return
         if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is None:
@@ -97,9 +126,20 @@ class Binding:
         if self.planner.due(rows, self.checkpointed):
             for give_back in self.planning:
                 give_back()
+            self.embedding.park(False)
             plan = self.planner.make(self, rows, self.checkpointed)
             self.copy_weights(plan.copy)
             self.refresh()
+
+    def may_park(self) -> bool:
+        """Whether the embedding may lie in host RAM: it is not the head's own weight."""
+        return not self.tied and self.embedding.may_park()
+
+    def memory_of_host(self) -> Host:
+        """The host RAM that takes what layers keep."""
+        if self.host is None:
+            self.host = Host(self.bound[0].parts.qkv.device)
+        return self.host
 
     @contextmanager
     def stand_ins(self, leaves: list[Tensor]) -> Iterator[None]:
@@ -127,6 +167,10 @@ class Binding:
         for layer in self.bound:
             layer.release()
         self.bound.clear()
+        self.embedding.park(False)
+        self.host = None
+        if self.norm is not None:
+            vars(self.norm).pop(LAST, None)
         vars(self.decoder).pop(MARK, None)
 
 
@@ -217,8 +261,8 @@ def forward(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | Non
     shape = (b, parts.h, t, parts.k)
     how = attention.choose(shape, hidden_states, scale=parts.scale, mask=mask, window=parts.window, shapes=binding.shapes)
     binding.how.add(f"{how.kind}: {how.why}")
-    keep = binding.keep or binding.planner.keep
-    call = Call(parts, keep, how, b, t, [])
+    keep = binding.chosen
+    call = Call(parts, keep, how, b, t, [], binding.memory_of_host().parcel() if keep.offload else None)
     return LayerFunction.apply(hidden_states, cos, sin, mask, call, binding.rows, *bound.params)
 
 
@@ -246,7 +290,9 @@ def bind(model: nn.Module, family: Family) -> Binding:
     held = vars(decoder).get(MARK)
     if held is not None:
         return held
-    return Binding(decoder, list(model.get_submodule(family.decoder.layers)), family, model.config)
+    binding = Binding(decoder, list(model.get_submodule(family.decoder.layers)), family, model.config)
+    binding.lead(model.get_submodule(family.decoder.final_norm))
+    return binding
 
 
 def binding_of(model: nn.Module) -> Binding | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from nbkit.models import attention
 from nbkit.models.layer import ops
 from nbkit.models.layer.keep import Keep
+from nbkit.models.layer.offload import Parcel
 from nbkit.models.layer.parts import Parts
 from nbkit.models.layer.weights import Group
 
@@ -26,7 +27,7 @@ class Kept:
 
     rstd1: Tensor
     rstd2: Tensor
-    xa_down: Tensor  # scale-free products x A^T of LoRA, (N, R)
+    xa_down: Tensor | None = None  # scale-free products x A^T of LoRA, (N, R)
     qkv: Tensor | None = None
     xa_qkv: Tensor | None = None
     out: Tensor | None = None
@@ -47,6 +48,7 @@ class Call:
     batch: int
     tokens: int
     numbers: list[Any]
+    parcel: Parcel | None = None  # takes x and out to host RAM where `keep.offload` says so
 
     @property
     def rows(self) -> int:
@@ -79,16 +81,18 @@ def heads(call: Call, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x[:, : p.h], x[:, p.h : p.h + p.g], x[:, p.h + p.g :]
 
 
-def queries_keys_values(call: Call, x: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x (N, D) -> rows [q | k | v], q and k rotated, and LoRA's products."""
+def queries_keys_values(
+    call: Call, x: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor | None, room: int = 0
+) -> tuple[Tensor, Tensor]:
+    """x (N, D) -> rows [q | k | v | `room` columns], q and k rotated, and LoRA's products."""
     p, n = call.parts, call.rows
     weight = p.qkv.weight()
-    qkv = torch.empty(n, p.qkv.outputs, dtype=x.dtype, device=x.device)
+    qkv = torch.empty(n, p.qkv.outputs + room, dtype=x.dtype, device=x.device)
     xa = torch.empty(n, p.qkv.rank, dtype=x.dtype, device=x.device)
     for t in call.keep.tiles(n):
         h = border(p.d, p.qkv, t.stop - t.start, x)
         normed(p, 0, x[t], h, None if rstd is None else rstd[t])
-        project(h, p.qkv, weight, out=qkv[t])
+        project(h, p.qkv, weight, out=qkv[t, : p.qkv.outputs])
         xa[t] = h[:, p.d :]
     turn = qkv[:, : (p.h + p.g) * p.k].unflatten(0, (call.batch, call.tokens)).unflatten(2, (p.h + p.g, p.k))
     ops.rope_rotate_(turn, cos, sin)
@@ -134,13 +138,21 @@ def run(call: Call, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) ->
     """y (N, D) and what `call.keep` says is kept. x (N, D) contiguous rows."""
     p, keep, n = call.parts, call.keep, call.rows
     stats = torch.empty(2, n, dtype=ops.wide(x.dtype), device=x.device)
-    kept = Kept(stats[0], stats[1], empty(x, n, p.down.rank))
+    kept = Kept(stats[0], stats[1])
+    if not keep.in_place:
+        kept.xa_down = empty(x, n, p.down.rank)
+    if call.parcel is not None:
+        call.parcel.send("x", x)
     qkv, xa_qkv = queries_keys_values(call, x, cos, sin, kept.rstd1)
     out, state = attend(call, qkv, mask)
     if keep.qkv:
         kept.qkv, kept.xa_qkv = qkv, xa_qkv
     if keep.attention:
-        kept.out, kept.attention = out, state
+        kept.attention = state
+        if call.parcel is not None:
+            call.parcel.send("out", out)
+        else:
+            kept.out = out
     if keep.mid:
         kept.mid, kept.xa_o = empty(x, n, p.d), empty(x, n, p.o.rank)
     if keep.gate_up:
@@ -161,5 +173,8 @@ def run(call: Call, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) ->
         hidden = border(p.f, p.down, rows, x)
         ops.swiglu_forward(gate_up[:, : p.f], gate_up[:, p.f :], hidden[:, : p.f])
         project(hidden, p.down, w_down, out=y[t], residual=mid)
-        kept.xa_down[t] = hidden[:, p.f :]
+        if kept.xa_down is not None:
+            kept.xa_down[t] = hidden[:, p.f :]
+    if call.parcel is not None:
+        call.parcel.settle()
     return y, kept

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nbkit.kernels._launch import as_rows
-from nbkit.models.layer import backward, forward
+from nbkit.models.layer import backward, forward, ops
 from nbkit.models.layer.forward import Call, Kept
 
 _SINGLE = tuple(f.name for f in fields(Kept) if f.name != "attention")
@@ -59,7 +59,8 @@ class LayerFunction(torch.autograd.Function):
             y, kept = forward.run(call, as_rows(x), cos, sin, mask)
         ctx.call, ctx.gradient_rows = call, rows
         ctx.terms = [group.terms for group in call.parts.groups]
-        ctx.save_for_backward(x, cos, sin, mask, *params, *kept.attention, *(getattr(kept, name) for name in _SINGLE))
+        held = None if call.parcel is not None else x
+        ctx.save_for_backward(held, cos, sin, mask, *params, *kept.attention, *(getattr(kept, name) for name in _SINGLE))
         ctx.counts = (len(params), len(kept.attention))
         return y.view_as(x)
 
@@ -70,7 +71,11 @@ class LayerFunction(torch.autograd.Function):
         saved, (n, m) = ctx.saved_tensors, ctx.counts
         x, cos, sin, mask = saved[:4]
         kept = Kept(attention=saved[4 + n : 4 + n + m], **dict(zip(_SINGLE, saved[4 + n + m :], strict=True)))
-        p = call.parts
+        p, parcel = call.parts, call.parcel
+        if parcel is not None:
+            found = parcel.fetch()
+            x, kept.out = found["x"], found.get("out")
+            del found
         for group, terms in zip(p.groups, ctx.terms, strict=True):
             group.use(terms)
         need_dx = ctx.needs_input_grad[0]
@@ -81,3 +86,27 @@ class LayerFunction(torch.autograd.Function):
             dx = ctx.gradient_rows.hand(g, call.batch, p.d) if g is not None else None
         wanted = ctx.needs_input_grad[6:]
         return (dx, None, None, None, None, None, *(d if w else None for d, w in zip(grads, wanted, strict=True)))
+
+
+class FinalNorm(torch.autograd.Function):
+    """RMSNorm after the last layer; its gradient goes down in rows with room for LoRA's columns, so that nothing copies it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, rows: GradientRows, width: int) -> Tensor:
+        flat = as_rows(x)
+        rstd = torch.empty(flat.shape[0], dtype=ops.wide(x.dtype), device=x.device)
+        y = torch.empty_like(flat)
+        ops.rms_norm_forward(flat, weight, eps, out=y, rstd=rstd)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.gradient_rows, ctx.width = rows, width
+        return y.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        d = x.shape[-1]
+        g = torch.empty(rstd.shape[0], ctx.width, dtype=x.dtype, device=x.device)
+        trained = ctx.needs_input_grad[1]
+        _, dw = ops.rms_norm_backward(as_rows(dy), as_rows(x), weight, rstd, out=g[:, :d], weight_grad=trained)
+        return ctx.gradient_rows.hand(g, x.shape[0], d), None if dw is None else dw.to(weight.dtype), None, None, None

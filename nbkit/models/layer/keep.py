@@ -9,6 +9,10 @@ Bytes per token and layer for Llama-3.1-8B in 16 bits (D, F, KV: one row of the 
     L4  x alone                                     8 KB    + attention; never down_proj: nothing in the backward reads its output
 
 LoRA's products x A^T (R columns each) and one rstd a row are kept beside what they belong to.
+
+Where memory is short, at levels 3 and 4: `offload` has x (and out) in host RAM until the backward; `tile` rows at a time
+go through the projections and the MLP; `groups` key/value heads at a time go through attention's backward, whose gradients
+take the place of q, k and v, and the gradient of the residual stream is updated in place. None of these changes a result.
 """
 
 from __future__ import annotations
@@ -18,14 +22,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Keep:
-    """Which intermediates a layer keeps. `level` names the combination; `tile`: rows at a time in the projections and the MLP."""
+    """Which intermediates a layer keeps, and where. `level` names the combination."""
 
     level: int
-    tile: int | None = None  # None: all rows at once
+    tile: int | None = None  # rows at a time in the projections and the MLP; None: all at once
+    offload: bool = False  # what is kept with D columns lies in host RAM
+    groups: int | None = None  # key/value heads at a time in attention's backward; None: all at once
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
             raise ValueError(f"keep level {self.level} is not one of {LEVELS}")
+        if (self.offload or self.groups) and self.level < 3:
+            raise ValueError(f"offload and head groups go with levels 3 and 4, not {self.level}")
+
+    def __str__(self) -> str:
+        extra = [f"tiles of {self.tile:,} tokens"] if self.tile else []
+        extra += ["layer inputs in host RAM"] if self.offload else []
+        extra += [f"{self.groups} key/value heads at a time"] if self.groups else []
+        return ", ".join([f"level {self.level}", *extra])
 
     @property
     def gate_up(self) -> bool:
@@ -42,6 +56,11 @@ class Keep:
     @property
     def attention(self) -> bool:
         return self.level < 4
+
+    @property
+    def in_place(self) -> bool:
+        """Gradients overwrite what the backward has read: the least memory."""
+        return self.groups is not None
 
     def tiles(self, rows: int) -> list[slice]:
         """Slices of `tile` rows that cover all of them."""

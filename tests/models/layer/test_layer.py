@@ -47,6 +47,57 @@ def test_every_level_and_tile_gives_the_same(level, tile):
 
 
 @pytest.mark.parametrize(
+    "keep", [Keep(3, 16, True, 1), Keep(4, None, True, 2), Keep(4, 5, False, 1), Keep(3, None, True)], ids=str
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_host_memory_head_groups_and_gradients_in_place(family, keep):
+    assert_same(lora(family), batch(padded=True), keep)
+
+
+def test_host_memory_is_used_again_and_two_forwards_keep_apart():
+    model = lora("llama")
+    inputs, other = batch(), batch(seed=2)
+    truth = [step(model, **inputs), step(model, **other)]
+    binding = bound(model, Keep(4, 16, True, 1))
+    first, second = model(**inputs).loss, model(**other).loss
+    held = binding.host.held
+    first.backward()
+    mine = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    second.backward()
+    others = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    assert worst(mine, truth[0][1])[0] < 1e-5 and worst(others, truth[1][1])[0] < 1e-5
+    del first, second
+    for _ in range(3):
+        step(model, **inputs)
+    assert binding.host.held == held and len(binding.host.free) * binding.host.size == held
+    longer = batch(rows=4, tokens=40)
+    step(model, **longer)
+    step(model, **inputs)
+    assert binding.host.size >= 4 * 40 * model.config.hidden_size * 4
+    binding.release()
+
+
+def test_a_retained_graph_repeats_with_host_memory():
+    model = lora("llama")
+    truth = step(model, **batch())[1]
+    binding = bound(model, Keep(3, None, True))
+    loss = model(**batch()).loss
+    for _ in range(2):
+        loss.backward(retain_graph=True)
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        assert worst(grads, truth)[0] < 1e-5
+    binding.release()
+
+
+def test_low_levels_refuse_host_memory():
+    with pytest.raises(ValueError, match="levels 3 and 4"):
+        Keep(2, offload=True)
+
+
+@pytest.mark.parametrize(
     "case",
     [
         {"tokens": 1, "rows": 2},

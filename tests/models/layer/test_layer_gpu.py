@@ -72,7 +72,21 @@ def test_16_bits(family, dtype):
         compare(model, truth, on_gpu(tokens=77, padded=padded))
 
 
-@pytest.mark.parametrize("keep", [Keep(0, 32), Keep(1), Keep(2, 50), Keep(3), Keep(4), Keep(4, 64)], ids=str)
+@pytest.mark.parametrize(
+    "keep",
+    [
+        Keep(0, 32),
+        Keep(1),
+        Keep(2, 50),
+        Keep(3),
+        Keep(4),
+        Keep(4, 64),
+        Keep(3, 64, True, 1),
+        Keep(4, 50, True, 2),
+        Keep(4, 64, False, 1),
+    ],
+    ids=str,
+)
 def test_levels_and_tiles(keep):
     truth, model = lora_on_gpu(), lora_on_gpu(dtype=torch.bfloat16)
     truth.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
