@@ -53,7 +53,7 @@ def test_host_memory_is_taken_only_where_it_is_there():
 
 
 def test_the_embedding_is_parked_only_where_it_may_be():
-    tight = [choose(EIGHT, 131072, 9 * GIB, four_bit=True, host=400 * GIB, may_park=may) for may in (True, False)]
+    tight = [choose(EIGHT, 131072, 7 * GIB, four_bit=True, host=400 * GIB, may_park=may) for may in (True, False)]
     assert tight[0].park and not tight[1].park
 
 

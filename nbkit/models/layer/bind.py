@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nbkit.families import Family
 from nbkit.kernels.lora_border import BorderWriter
-from nbkit.models import attention
+from nbkit.models import attention, planner
 from nbkit.models.embedding import Embedding
 from nbkit.models.layer.adapters import Unfit
 from nbkit.models.layer.forward import Call
@@ -21,7 +21,6 @@ from nbkit.models.layer.keep import Keep
 from nbkit.models.layer.offload import Host
 from nbkit.models.layer.parts import Parts
 from nbkit.models.layer.weights import Scratch
-from nbkit.models.planner import Planner
 
 MARK = "_nbkit_layers"  # instance attribute: of the decoder its Binding, of each layer its BoundLayer
 LAST = "_nbkit_last_norm"  # instance attribute of the norm after the layers: their Binding
@@ -40,7 +39,7 @@ class Binding:
         self.reasons: dict[int, str] = {}
         self.bound: list[BoundLayer] = []
         self.keep: Keep | None = None
-        self.planner = Planner()
+        self.planner = planner.Planner()
         self.planning: list[Callable[[], None]] = []  # called before memory is planned: who holds some that it may give back
         self.how: set[str] = set()  # the attention implementations met, for the report
         self.version = 0  # goes up when anything changes that a recorded step holds fixed
