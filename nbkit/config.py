@@ -91,6 +91,7 @@ class DataRecipe:
     format: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=dict)  # further names of speakers → the role each is
+    prompt: str | None = None  # the prompt out of several columns: "{question}[[\n\nContext: {context}]]"; [[ ]] may be missing
     system: str | None = None  # a system message put before rows that have none; None adds none
     template: str | None = None  # None: the tokenizer's own; a name of nbkit's templates (chatml, llama-3 …); or Jinja text
     train_on: str = "replies"  # of a conversation: all replies, the last one, the completion after the prompt, or every token
@@ -98,6 +99,8 @@ class DataRecipe:
     # Rows above max_seq_length: "refuse", "drop", "cut" (at a message boundary, the end goes) or "split" (into several rows).
     too_long: str = "refuse"
     duplicates: str = "keep"  # rows equal to an earlier one: "keep" (told) or "drop"
+    same_role: str = "keep"  # turns of one speaker in a row: "keep" (told) or "join" (into one, a blank line between)
+    first_reply: str = "refuse"  # conversations that begin with a reply: "refuse", or "skip" that turn (told)
 
     def __post_init__(self) -> None:
         _choice(self.format, FORMATS, "Data format")
@@ -105,6 +108,8 @@ class DataRecipe:
         _choice(self.faulty, ("refuse", "drop"), "faulty")
         _choice(self.too_long, TOO_LONG, "too_long")
         _choice(self.duplicates, ("keep", "drop"), "duplicates")
+        _choice(self.same_role, ("keep", "join"), "same_role")
+        _choice(self.first_reply, ("refuse", "skip"), "first_reply")
         for name in ("columns", "roles"):
             object.__setattr__(self, name, dict(getattr(self, name)))
         for role in self.roles.values():
