@@ -16,7 +16,7 @@ from nbkit.events import EvalEvent, Event, MessageEvent, RunFinished, RunStarted
 from nbkit.training import checkpoints
 from nbkit.training.evaluate import held_out_loss
 from nbkit.training.folder import ADAPTER_NAME
-from nbkit.training.methods import total_steps
+from nbkit.training.methods import steps_of
 
 if TYPE_CHECKING:
     from nbkit.data.report import DataReport
@@ -44,7 +44,7 @@ class Job:
         self._config, self._folder, self._checkpoint = config, folder, checkpoint
         self._model, self._tokenizer, self._data = model, tokenizer, data
         self._emit, self._stop_requested = emit, stop_requested
-        self._total = total_steps(config.train, len(data.examples))
+        self._total = steps_of(config, data.examples)
         self._first = checkpoint.step if checkpoint is not None else 0
         self._peak = 0  # bytes, as the memory events have it; 0 if nothing was trained
 

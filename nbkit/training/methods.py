@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbkit.config import TrainConfig
+from nbkit.config import RunConfig, TrainConfig
 from nbkit.errors import TrainingError, nearest
 
 if TYPE_CHECKING:
@@ -37,13 +37,24 @@ class Method:
 METHODS = {"sft": Method(trainer="SFTTrainer", config="SFTConfig", loss="token_mean_loss")}
 
 
-def total_steps(train: TrainConfig, examples: int) -> int:
-    """Optimizer steps of a run over `examples` rows: `max_steps`, or what `epochs` takes, the last step of an epoch
-    being as short as the rows left."""
+def total_steps(train: TrainConfig, batches: int) -> int:
+    """Optimizer steps of a run of `batches` micro-batches an epoch: `max_steps`, or what `epochs` takes, the last step of an
+    epoch being as short as the batches left."""
     if train.max_steps is not None:
         return train.max_steps
-    batches = math.ceil(examples / train.batch_size)
     return max(1, math.ceil(train.epochs * math.ceil(batches / train.gradient_accumulation)))
+
+
+def steps_of(config: RunConfig, examples: Sequence[Any]) -> int:
+    """Optimizer steps of the run that `config` says, over these rows.
+
+    Raises: ConfigError if a row is longer than a pack.
+    """
+    from nbkit.training.loader import batches
+
+    if config.train.max_steps is not None and not config.train.packing:
+        return config.train.max_steps
+    return total_steps(config.train, len(batches(config, examples)))
 
 
 def build(link: Link, model: Any, tokenizer: Any, examples: Sequence[Any]) -> Any:
@@ -56,13 +67,13 @@ def build(link: Link, model: Any, tokenizer: Any, examples: Sequence[Any]) -> An
     """
     from datasets import Dataset
 
-    from nbkit.data.collate import Collator
+    from nbkit.training.loader import collator
 
     train = link.config.train
     method = METHODS[train.method]
     trainer_class, config_class = _classes(train.method)
     compute = compute_dtype(model)
-    arguments = _arguments(train, link.folder, model, compute, total_steps(train, len(examples)))
+    arguments = _arguments(train, link.folder, model, compute, steps_of(link.config, examples))
     if method.config == "SFTConfig":
         arguments |= {"max_length": None, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
     known = {field.name for field in fields(config_class)}
@@ -74,7 +85,7 @@ def build(link: Link, model: Any, tokenizer: Any, examples: Sequence[Any]) -> An
     return trainer_class(
         model=model,
         args=args,
-        data_collator=Collator(tokenizer.pad_token_id),
+        data_collator=collator(link.config, examples, tokenizer.pad_token_id),
         train_dataset=stand_in,  # TRL insists on a datasets.Dataset and looks at its first row
         processing_class=tokenizer,
         link=link,

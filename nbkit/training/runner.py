@@ -42,7 +42,7 @@ class Run:
         methods.check(config.train)
         _require_room(config, model)
         self.config = config
-        self.total_steps = methods.total_steps(config.train, len(data.examples))
+        self.total_steps = methods.steps_of(config, data.examples)
         self.result: RunFinished | None = None
         self.error: BaseException | None = None
         self._stop = threading.Event()

@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerCallback
 
-from nbkit.config import IGNORE_INDEX, RunConfig
+from nbkit.config import RunConfig
 from nbkit.errors import TrainingError
 from nbkit.events import CheckpointEvent, Event, MemoryEvent, MessageEvent, StepEvent
 from nbkit.hardware.meter import Meter
-from nbkit.training import checkpoints
+from nbkit.training import checkpoints, loader
 from nbkit.training.keep import ModelState, require_finite
 
 # Progress is told by events alone; these would print a second table.
@@ -41,23 +40,6 @@ class Link:
     facts: Mapping[str, Any]  # put into every checkpoint's manifest
     emit: Callable[[Event], None]
     stop_requested: Callable[[], bool]
-
-
-class SeededSampler(Sampler[int]):
-    """All rows once, in an order that follows from (seed, epoch) and nothing else."""
-
-    def __init__(self, count: int, seed: int) -> None:
-        self._count, self._seed, self._epoch = count, seed, 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
-        return iter(torch.randperm(self._count, generator=generator).tolist())
 
 
 def token_mean_loss(
@@ -119,25 +101,21 @@ class TrainerMixin:
 
     def get_train_dataloader(self) -> Any:
         """Batches of the examples in seeded order, collated and on the device."""
-        args = self.args
         self._boundary = time.perf_counter()  # the loop asks once, just before the first step
-        loader = DataLoader(
-            self.train_dataset,  # type: ignore[arg-type]
-            batch_size=args.train_batch_size,
-            sampler=SeededSampler(len(self.train_dataset), args.seed),
-            collate_fn=self.data_collator,
-            pin_memory=args.dataloader_pin_memory,
-        )
-        return self.accelerator.prepare(loader)
+        config = self.link.config
+        if config.train.packing:
+            loader.require_separation(self.model)
+        pin = self.args.dataloader_pin_memory
+        return self.accelerator.prepare(loader.train_loader(config, self.train_dataset, self.data_collator, pin))
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
         """Trained tokens of the whole optimizer step; transformers 5.15 to 5.18 would count a label at position 0 too."""
-        if not batch_samples or "labels" not in batch_samples[0]:
+        counts = [batch.pop(loader.COUNTS, None) for batch in batch_samples]
+        if not counts or None in counts:
             return super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
-        trained = sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batch_samples)
-        total = sum(batch["attention_mask"].sum() for batch in batch_samples)
-        self._tokens = (int(trained), int(total))
-        return trained.clamp(min=1).to(device)  # type: ignore[union-attr]
+        trained, total = (sum(count[kind] for count in counts) for kind in (0, 1))
+        self._tokens = (trained, total)
+        return torch.tensor(max(trained, 1), device=device)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from nbkit.config import METHODS as DECLARED
-from nbkit.config import TrainConfig
 from nbkit.errors import TrainingError
 from nbkit.training import methods
 from nbkit.training.trainer import Link, TrainerMixin
@@ -34,10 +33,13 @@ def test_every_declared_method_is_in_the_table() -> None:
         ({"batch_size": 2, "gradient_accumulation": 4}, 11, 2),
         ({"batch_size": 2, "epochs": 2.5}, 8, 10),
         ({"batch_size": 8, "epochs": 0.01}, 3, 1),
+        ({"packing": True, "pack_tokens": 40}, 1, 1),
+        ({"packing": True, "pack_tokens": 40, "epochs": 3}, 2, 6),
     ],
 )
 def test_total_steps(train: dict[str, Any], rows: int, steps: int) -> None:
-    assert methods.total_steps(TrainConfig(**train), rows) == steps
+    made = [{"input_ids": [5] * 25, "labels": [5] * 25}] * rows
+    assert methods.steps_of(rig.config(None, **{"max_steps": None, **train}), made) == steps
 
 
 def test_the_trainer_is_the_mixin_before_trls(tmp_path: Path) -> None:
