@@ -1,7 +1,10 @@
 """Training steps per second of a whole model: nbkit against transformers + PEFT, same weights, same batches, interleaved.
 
 usage: python benchmarks/bench_training.py ROW... [--out FILE.csv] [--arms nbkit,stock] [--rounds 3] [--steps 4] [--profile]
-ROW is MODEL:WEIGHTS:BATCH:TOKENS[:rRANK][:LEVEL], for example 8b:nf4:2x2048 or 1b:bf16:2x512:r32:L4.
+ROW is MODEL:WEIGHTS:BATCHxTOKENS[:OPTION...], for example 8b:nf4:2x2048 or 1b:bf16:2x512:r32:L4. Options:
+    r32         LoRA's rank, 16 if not said                  L4       keep level of nbkit; checkpointing for stock from L1 up
+    within6.8   GiB that torch may allocate                   cap16    GB of the whole process (0.55 of them for CUDA itself)
+    save        nbkit saves memory as checkpointing asks      once     one optimizer step, nothing before it; for steps of minutes
 
 Weights are random at the true shapes of Llama-3.1-8B and Llama-3.2-1B. A timed step has a fresh batch of random tokens, all
 labelled, and includes clipping and the optimizer (torch's fused AdamW), in the same plain loop for every arm. Before timing, both
@@ -93,14 +96,15 @@ class Nbkit:
     name = "nbkit"
     graphs = True
 
-    def __init__(self, level: int | None) -> None:
-        self.level = level
+    def __init__(self, level: int | None, save: bool = False) -> None:
+        self.level, self.save = level, save
 
     def enter(self, model: torch.nn.Module) -> None:
         import nbkit
         from nbkit.models.layer import Keep, binding_of
 
         nbkit.patch(model, graphs=self.graphs)  # the planner decides where the row names no level
+        binding_of(model).checkpoint = "nbkit" if self.save else None
         if self.level is not None:
             binding_of(model).keep = Keep(self.level)
 
@@ -127,8 +131,8 @@ class Stock:
 
     name = "stock"
 
-    def __init__(self, level: int | None) -> None:
-        self.checkpointed = bool(level)
+    def __init__(self, level: int | None, save: bool = False) -> None:
+        self.checkpointed = bool(level) or save
 
     def enter(self, model: torch.nn.Module) -> None:
         if self.checkpointed:
@@ -199,14 +203,61 @@ def float32_gradients(model, ids) -> torch.Tensor:
     return flat
 
 
-def run_row(row: str, arms: list[str], rounds: int, steps: int, profile: bool, truth_wanted: bool) -> list[dict]:
+def limit(options: list[str]) -> None:
+    """Set what torch may allocate, as the row says."""
+    total = torch.cuda.mem_get_info()[1]
+    within = next((float(o[6:]) * 2**30 for o in options if o.startswith("within")), None)
+    cap = next(((float(o[3:]) - 0.55) * 1e9 for o in options if o.startswith("cap")), None)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (within or cap or total) / total))
+
+
+def optimizer_of(model, eight_bit: bool) -> torch.optim.Optimizer:
+    params = [p for p in model.parameters() if p.requires_grad]
+    if eight_bit:
+        import bitsandbytes as bnb
+
+        return bnb.optim.AdamW8bit(params, lr=1e-4)
+    return torch.optim.AdamW(params, lr=1e-4, fused=True)
+
+
+def run_once(row: str, model, arms: list, shape: tuple[int, int], eight_bit: bool) -> list[dict]:
+    """One full optimizer step of each arm, the first of its process: compiling and planning are in its time."""
+    found = []
+    for arm in arms:
+        make = torch.Generator("cuda").manual_seed(1)
+        optimizer = optimizer_of(model, eight_bit)
+        ids = torch.randint(3, model.config.vocab_size - 1, shape, device="cuda", generator=make)
+        with entered(arm, model):
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            loss, norm = step(model, optimizer, ids)
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+            free, total = torch.cuda.mem_get_info()
+            result = dict(row=row, arm=arm.name, loss=round(float(loss), 5), grad_norm=round(float(norm), 6), steps=1)
+            result |= dict(ms=round(seconds * 1e3), tok_s=round(shape[0] * shape[1] / seconds))
+            result |= dict(
+                peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2), process_gb=round((total - free) / 1e9, 2)
+            )
+            found.append(result)
+    return found
+
+
+def run_row(row: str, arms: list[str], rounds: int, steps: int, profile: bool, truth_wanted: bool, eight_bit: bool) -> list[dict]:
     name, weights, sizes, *options = row.split(":")
     batch, tokens = (int(n) for n in sizes.split("x"))
     rank = next((int(o[1:]) for o in options if o[0] == "r"), 16)
     level = next((int(o[1:]) for o in options if o[0] == "L"), None)
+    torch.cuda.set_per_process_memory_fraction(1.0)
     model = build(name, weights, rank)
     vocab = model.config.vocab_size
-    chosen = [arm(level) for arm in (Stock, Eager, Nbkit) if arm.name in arms]
+    chosen = [arm(level, "save" in options) for arm in (Stock, Eager, Nbkit) if arm.name in arms]
+    limit(options)
+    if "once" in options:
+        return run_once(row, model, chosen, (batch, tokens), eight_bit)
     make = torch.Generator("cuda").manual_seed(1)
     ids = torch.randint(3, vocab - 1, (batch, tokens), device="cuda", generator=make)
     results, truth = {}, float32_gradients(model, ids) if truth_wanted else None
@@ -220,7 +271,7 @@ def run_row(row: str, arms: list[str], rounds: int, steps: int, profile: bool, t
             row=row, arm=arm.name, loss=round(loss, 5), grad_norm=round(norm, 6), grad_difference=round(difference, 5)
         )
         del flat
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    optimizer = optimizer_of(model, eight_bit)
     seconds: dict[str, list[float]] = {arm.name: [] for arm in chosen}
     for round_ in range(rounds):
         for arm in chosen:
@@ -291,6 +342,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default="")
     parser.add_argument("--profile", action="store_true", help="device time by kernel, and host time by function")
+    parser.add_argument(
+        "--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="torch's fused, or bitsandbytes' 8-bit"
+    )
     parser.add_argument("--truth", action="store_true", help="gradient errors against a float32 copy of the model")
     given = parser.parse_args()
     where = dict(commit=given.commit or commit(), gpu=torch.cuda.get_device_name(), date=time.strftime("%Y-%m-%d"), **versions())
@@ -299,12 +353,20 @@ def main() -> None:
         start = time.perf_counter()
         with nullcontext():
             try:
-                found = run_row(row, given.arms.split(","), given.rounds, given.steps, given.profile, given.truth)
+                found = run_row(
+                    row,
+                    given.arms.split(","),
+                    given.rounds,
+                    given.steps,
+                    given.profile,
+                    given.truth,
+                    given.optimizer == "adamw8bit",
+                )
             except torch.cuda.OutOfMemoryError as error:
                 found = [dict(row=row, arm=given.arms, error=str(error)[:160])]
         for result in found:
             print("RESULT", result, flush=True)
-            rows.append({**result, **where})
+            rows.append({**result, "optimizer": given.optimizer, **where})
         print(f"({row}: {time.perf_counter() - start:.0f} s)", flush=True)
         gc.collect()
         torch.cuda.empty_cache()

@@ -109,7 +109,7 @@ def step(
     parts = {
         "kept activations": s.layers * rows * on_device,
         "working memory": max(work, head(rows, s) + (2 * rows * s.hidden * s.size if groups else 0)),
-        "LoRA gradients": s.lora * s.lora_bytes * 2,
+        "LoRA gradients": s.lora * s.lora_bytes * (1 if groups else 2),  # a recorded step holds its own beside the parameters'
         "optimizer": s.lora * optimizer_bytes,
     }
     if four_bit:
