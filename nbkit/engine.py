@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nbkit.data.report import DataReport
     from nbkit.export import ExportReport
     from nbkit.hardware.fit import CatalogEntry
+    from nbkit.inspection import Inspection
     from nbkit.models.load import LoadedModel
     from nbkit.models.patch import PatchReport
     from nbkit.training.runner import Run
@@ -204,6 +205,12 @@ class Session:
                 or a share below 1.
         Raises: DataError, with row numbers.
         """
+        return self.take_data(*self.read_data(source, recipe, held_out, seed))
+
+    def read_data(
+        self, source: Rows, recipe: DataRecipe | None = None, held_out: Rows | int | float | None = None, seed: int = 3407
+    ) -> tuple[DataReport, DataConfig]:
+        """What `use_data` reads, without using it yet: panels read on another thread, and take what was read with `take_data`."""
         self._require_idle("change the data")
         self._require_model("map data")
         from nbkit.data.report import prepare
@@ -214,16 +221,33 @@ class Session:
             source, self.tokenizer, recipe, max_seq_length=self._model_config.max_seq_length, held_out=held_out, seed=seed
         )
         # Rows that came from memory are kept as a file, so that the RunConfig alone can run again.
-        self._data_config = DataConfig(
+        return report, DataConfig(
             source=keep_rows(source, self.workspace),
             recipe=report.recipe,
             held_out=held_out if held_out is None or isinstance(held_out, (int, float)) else keep_rows(held_out, self.workspace),
             seed=seed,
             fingerprint=report.fingerprint,
         )
-        self.data = report
+
+    def take_data(self, report: DataReport, config: DataConfig) -> DataReport:
+        """Train on what `read_data` gave from now on."""
+        self._require_idle("change the data")
+        self.data, self._data_config = report, config
         self._changed("data")
         return report
+
+    def inspect(self, row: int | None = None, batch: int = 0, train: TrainConfig | None = None) -> Inspection:
+        """A batch as training will see it, token by token, and the problems of the whole set; see `nbkit.inspect`.
+
+        Args:
+            row: the batch that holds the row of this number.
+            batch: or the batch at this place, from 0.
+            train: batch size, packing and seed; None is `TrainConfig()`.
+        Raises: DataError where there are no data, no such row or no such batch.
+        """
+        from nbkit.inspection import inspect
+
+        return inspect(self, row=row, batch=batch, train=train)
 
     # -- training ----------------------------------------------------------------------------------
 

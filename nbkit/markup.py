@@ -141,6 +141,16 @@ def tag(name: str, attributes: Mapping[str, object] | None = None, *children: ob
     return Markup(f"<{' '.join(opened)}>{join(children)}</{name}>")
 
 
+def stylesheet(css: str) -> Markup:
+    """A style element. `css` must be fixed text of this package.
+
+    Raises: ValueError if it could end the element or fetch something.
+    """
+    if "<" in css or "url(" in css or "@import" in css:
+        raise ValueError("the style sheet of a panel ends no element and fetches nothing")
+    return Markup(f"<style>{css}</style>")
+
+
 # -- small pieces that several panels use ----------------------------------------------------------
 
 

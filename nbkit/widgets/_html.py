@@ -23,6 +23,7 @@ from nbkit.markup import (
     paragraph,
     plain,
     size,
+    stylesheet,
     table,
     tag,
     text,
@@ -54,7 +55,7 @@ __all__ = [
 def style() -> Markup:
     """The style sheet of all panels. Fixed text of this package, scoped to the class `nbk`."""
     css = files("nbkit.widgets").joinpath("static", "panel.css").read_text(encoding="utf-8")
-    return Markup(f"<style>{css}</style>")
+    return stylesheet(css)
 
 
 def html(markup: Markup | None = None, css_class: str = "") -> widgets.HTML:

@@ -1,0 +1,218 @@
+"""`nbkit.inspect`: what training will really see, from the collated batch down to the token.
+
+The batch is made by the collator that training uses, in the order that training takes; counts and problems are those of all
+rows, read from their ids and labels. Nothing is rendered anew for the view, so what is shown is what is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from nbkit.data import inspection_html, inspection_text
+from nbkit.data.checks import Counts, Problem, Progress, arrays_of, look_at_batch, look_through
+from nbkit.data.findings import Finding, grouped, rows_text
+from nbkit.data.tokens import Line, Reader, lines
+from nbkit.errors import DataError
+from nbkit.markup import Markup
+
+Batch = tuple[Mapping[str, Any], list[list[int]]]  # what the collator made, and the examples in each of its rows
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of an epoch, in order. `of(index)` is the place of the batch that holds an example, or None."""
+
+    count: int
+    get: Callable[[int], Batch]
+    of: Callable[[int], int | None]
+
+
+class InspectedSet:
+    """A set of examples and its batches. Everything is read when it is asked for, and once.
+
+    Attributes:
+        name: what the rows came from.
+        rows: the row number of each example.
+        report: the DataReport they are of, or None.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        examples: Sequence[Any],
+        rows: Sequence[int],
+        tokenizer: Any,
+        batches: Batches,
+        *,
+        max_length: int | None = None,
+        report: Any = None,
+    ) -> None:
+        self.name, self.examples, self.rows, self.batches = name, examples, rows, batches
+        self.max_length, self.report = max_length, report
+        self.reader = Reader(tokenizer)
+        self._counts: Counts | None = None
+
+    def counts(self, progress: Progress | None = None) -> Counts:
+        if self._counts is None:
+            own = f"{getattr(self.reader.tokenizer, 'chat_template', '')} {_template_of(self.report)}"
+            self._counts = look_through(
+                self.examples, self.rows, self.reader, max_length=self.max_length, own_text=own, progress=progress
+            )
+        return self._counts
+
+    @property
+    def findings(self) -> Sequence[Finding]:
+        return self.report.findings if self.report is not None else ()
+
+
+class Inspection:
+    """One batch, token by token, and what is to be said of the whole set. `str()` is for terminals; notebooks show HTML.
+
+    Attributes:
+        index: which batch of the epoch, from 0.
+        start: the first token shown of each row of the batch; up to `TOKENS` are shown in all.
+    """
+
+    def __init__(self, of: InspectedSet, index: int = 0, start: int = 0) -> None:
+        self.set, self.index, self.start = of, index, start
+
+    # -- the batch -------------------------------------------------------------------------------------
+
+    @property
+    def batches(self) -> int:
+        """Batches of an epoch."""
+        return self.set.batches.count
+
+    @cached_property
+    def batch(self) -> list[Line]:
+        """The rows of the batch, each token with its text, id, label and state."""
+        made, members = self.set.batches.get(self.index)
+        numbers = [[int(self.set.rows[example]) for example in row] for row in members]
+        return lines(made, self.set.reader, numbers)
+
+    def show(self, *, batch: int | None = None, row: int | None = None, start: int = 0) -> Inspection:
+        """Another batch of the same set: by its place from 0, or the one that holds the row of this number.
+
+        Raises: DataError if there is none.
+        """
+        index = self.index if batch is None else batch
+        if row is not None:
+            index = _batch_of(self.set, row)
+        if not 0 <= index < self.batches:
+            raise DataError(f"There is no batch {index}; the {self.batches:,} batches of an epoch are counted from 0.")
+        return Inspection(self.set, index, start)
+
+    def one_row(self, place: int) -> list[Line]:
+        """The example at `place` (from 0) alone, without padding; a preference row gives two lines."""
+        if not 0 <= place < len(self.set.examples):
+            raise DataError(f"There is no example {place}; there are {len(self.set.examples):,}, counted from 0.")
+        number = (int(self.set.rows[place]),)
+        found = []
+        for ids, labels in arrays_of(self.set.examples, place):
+            (line,) = lines({"input_ids": ids, "labels": labels}, self.set.reader, [number])
+            found.append(line)
+        return found
+
+    # -- the set ---------------------------------------------------------------------------------------
+
+    @property
+    def counts(self) -> Counts:
+        """Lengths, trained tokens and faults of all rows; looked through when first asked for."""
+        return self.set.counts()
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """What is wrong, each kind with its rows and its repair; empty for a sound set."""
+        return (*self.counts.problems(), *look_at_batch(self.batch))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int64."""
+        return np.asarray(self.counts.lengths, np.int64)
+
+    @property
+    def trained(self) -> np.ndarray:
+        """Trained tokens of each example, int64."""
+        return np.asarray(self.counts.trained, np.int64)
+
+    @property
+    def trained_share(self) -> float:
+        """Trained tokens as a share of all, 0 to 1."""
+        return float(self.trained.sum() / max(self.lengths.sum(), 1))
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Name and value of each figure of the set."""
+        report, lengths = self.set.report, self.lengths
+        found = [("Rows used", f"{len(self.set.examples):,}")]
+        if report is not None:
+            found = [("Rows in", f"{report.rows_in:,}"), ("Used", f"{report.used:,}")]
+            found += [(name, f"{count:,}") for name, count in (("Dropped", report.dropped), ("Refused", report.refused)) if count]
+        found.append(("Trained tokens", f"{int(self.trained.sum()):,} of {int(lengths.sum()):,} ({self.trained_share:.1%})"))
+        limit = f" of {self.set.max_length:,}" if self.set.max_length else ""
+        return [*found, ("Longest row", f"{int(lengths.max(initial=0)):,}{limit} tokens")]
+
+    def rows_by_reason(self) -> list[tuple[str, str, list[int]]]:
+        """(outcome, reason, row numbers) of what the report of the set tells of its rows."""
+        return [
+            (f"held out, {outcome}" if part == "held_out" else outcome, reason, numbers)
+            for part, outcome, reason, numbers in grouped(self.set.findings)
+        ]
+
+    # -- how it is shown -------------------------------------------------------------------------------
+
+    def batch_html(self) -> Markup:
+        """The legend and the tokens of the batch."""
+        return inspection_html.batch(self)
+
+    def row_html(self, place: int) -> Markup:
+        """The legend and the tokens of one example."""
+        return inspection_html.rows(self.one_row(place), self.start)
+
+    def facts_html(self) -> Markup:
+        return inspection_html.facts(self)
+
+    def problems_html(self) -> Markup:
+        return inspection_html.problems(self)
+
+    def histograms_html(self) -> Markup:
+        return inspection_html.histograms(self)
+
+    def style(self) -> Markup:
+        """The style sheet of all of these, scoped to the class `nbk-inspection`."""
+        return inspection_html.style()
+
+    def _repr_html_(self) -> str:
+        return inspection_html.whole(self)
+
+    def __str__(self) -> str:
+        return inspection_text.whole(self)
+
+    def __repr__(self) -> str:
+        return f"<nbkit inspection of {self.set.name}: batch {self.index} of {self.batches:,}>"
+
+    def figure(self) -> Any:
+        """Both histograms as a plotly figure, to zoom and to save. Raises: ConfigError where plotly is not installed."""
+        from nbkit.data.inspection_figure import figure
+
+        return figure(self)
+
+
+def _template_of(report: Any) -> str:
+    return str(getattr(getattr(report, "recipe", None), "template", None) or "")
+
+
+def _batch_of(of: InspectedSet, row: int) -> int:
+    places = [place for place, number in enumerate(of.rows) if int(number) == row]
+    if not places:
+        near = [finding for finding in of.findings if finding.row == row]
+        why = f": {near[0].sentence}" if near else f"; the rows that are used begin with {rows_text(list(of.rows[:8]))}"
+        raise DataError(f"Row {row} is not among the rows that are trained on{why}.")
+    found = of.batches.of(places[0])
+    if found is None:
+        raise DataError(f"Which batch holds row {row} is not known here; name a batch instead.")
+    return found
