@@ -31,7 +31,9 @@ _WHERE = {
     "read_events": "nbkit.events",
     "patch": "nbkit.models.patch",
     "unpatch": "nbkit.models.patch",
+    "certify": "nbkit.models.certify",
     "doctor": "nbkit.hardware.doctor",
+    "inspect": "nbkit.inspection",
     "studio": "nbkit.widgets.studio",
 }
 __all__ = sorted([*_WHERE, "__version__"])

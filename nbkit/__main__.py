@@ -3,6 +3,7 @@
 python -m nbkit run run.json [--resume]
 python -m nbkit doctor
 python -m nbkit fetch smollm2-135m-instruct
+python -m nbkit certify smollm2-135m-instruct [--4bit] [--json certificate.json]
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("doctor", help="versions, device, memory, disk, and one sentence per problem")
     fetch = commands.add_parser("fetch", help="download a checkpoint into the cache, for work without a network")
     fetch.add_argument("name")
+    certify = commands.add_parser("certify", help="measure here that the patched model is the stock one; exit 1 if not")
+    certify.add_argument("name", help="a checkpoint or folder; LoRA of rank 16 is put on it")
+    certify.add_argument("--4bit", dest="four_bit", action="store_true", help="load the weights in NF4")
+    certify.add_argument("--json", help="write every comparison to this file")
     options = parser.parse_args(arguments)
     # Read when torch is loaded, which is later: waiting threads sleep, so that a run shares its cores with other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -34,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
             from nbkit.hardware.doctor import doctor
 
             print(doctor())
+        elif options.command == "certify":
+            return _certify(options.name, options.four_bit, options.json)
         else:
             from nbkit.models.load import fetch as fetch_checkpoint
 
@@ -56,6 +63,19 @@ def _run(file: str, resume: bool) -> int:
     exports = [session.export(e.kind, e.path, e.quantization) for e in config.exports] if not result.stopped else []
     print(_figures(result), *exports, sep="\n")
     return 130 if result.stopped else 0
+
+
+def _certify(name: str, four_bit: bool, file: str | None) -> int:
+    import nbkit
+    from nbkit.engine import Session
+
+    session = Session()
+    session.load(name, load_in_4bit=four_bit)
+    certificate = nbkit.certify(session.add_lora(rank=16))
+    print(certificate)
+    if file is not None:
+        certificate.to_json(file)
+    return 0 if certificate.passed else 1
 
 
 def _figures(result) -> str:  # type: ignore[no-untyped-def]

@@ -85,7 +85,7 @@ def patch(model: Any, *, graphs: bool = True) -> PatchReport:
     A family that is not declared, or a GPU below capability 7.0, runs stock; the report says so.
     Raises: ModelError for an object that is no transformers model.
     """
-    base = _base(model)
+    base = base_model(model)
     family = find(base.config.model_type)
     device = next(base.parameters()).device
     about = {"model": type(base).__name__, "family": family.name if family else None, "device": str(device)}
@@ -112,7 +112,7 @@ def unpatch(model: Any) -> None:
 
     Raises: ModelError for an object that is no transformers model.
     """
-    base = _base(model)
+    base = base_model(model)
     vars(base).pop(GRAPHS, None)
     binding = binding_of(base)
     if binding is not None:
@@ -178,8 +178,8 @@ def _bind_head(base: Any, family: Family) -> Bound | Skipped:
     return _bind(base, "", "linear_cross_entropy", family, note=f"{family.head.module}: {reason}" if reason else "")
 
 
-def _base(model: Any) -> Any:
-    """The transformers model inside `model`."""
+def base_model(model: Any) -> Any:
+    """The transformers model inside `model`. Raises: ModelError if there is none."""
     from transformers import PreTrainedModel
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
