@@ -10,6 +10,7 @@ import torch
 
 from nbkit.kernels import _launch
 from nbkit.kernels import adamw as ad
+from nbkit.kernels import adamw8bit as a8
 from tests.closeness import assert_close
 
 ON_GPU = torch.cuda.is_available() and not _launch.INTERPRETED
@@ -19,6 +20,10 @@ pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
 def scalar(value: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.tensor(value, dtype=dtype, device=DEVICE)
+
+
+def close(name: str, ours: torch.Tensor, truth: torch.Tensor) -> None:
+    assert_close(name, ours, truth.to(ours.dtype), truth)
 
 
 def buffers(n: int, dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
@@ -75,7 +80,8 @@ def test_adamw_bias_corrections_keep_their_digits(t: int) -> None:
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_adamw_skips_where_a_gradient_is_not_finite(bad: float) -> None:
     param, grad, m, v = buffers(3000, torch.float32)
-    m.fill_(0.5), v.fill_(0.25)
+    m.fill_(0.5)
+    v.fill_(0.25)
     before = [x.clone() for x in (param, m, v)]
     grad[2900] = bad
     step, norm, factor, skip = scalar(4, torch.int32), scalar(0), scalar(0), scalar(0, torch.int32)
@@ -153,3 +159,65 @@ def test_adamw_recorded_in_a_graph_follows_its_scalars() -> None:
     assert int(step) == 5
     for ours, theirs in zip((param, m, v), eager, strict=False):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+# -- states in 8 bits ------------------------------------------------------------------------------
+
+
+def test_adamw8bit_maps_are_bitsandbytes_own() -> None:
+    """Spot values of the published map; the whole map where bitsandbytes is installed is in test_references.py."""
+    for signed in (True, False):
+        values = a8.dynamic_map(signed)
+        assert values.shape == (256,) and values.dtype == torch.float32 and bool((values[1:] > values[:-1]).all())
+        assert float(values[-1]) == 1.0 and int((values == 0).sum()) == 1
+    assert int((a8.dynamic_map(True) < 0).sum()) == 127 and float(a8.dynamic_map(False)[0]) == 0.0
+    assert math.isclose(float(a8.dynamic_map(True)[128]), 0.55e-6, rel_tol=1e-6)
+
+
+def test_adamw8bit_codes_are_the_nearest_and_states_follow() -> None:
+    """Ten steps: each state that is kept is the map's nearest to the state computed from what was kept before."""
+    n = 1000
+    param, grad, _, _ = buffers(n, torch.float32)
+    state = a8.Moments8.zeros(n, DEVICE)
+    for t in range(1, 11):
+        grad.copy_(torch.randn(n, generator=torch.Generator().manual_seed(t)))
+        grad[256:512] *= 1e-4
+        m = 0.9 * a8.dequantize(state.m, state.m_max, True).double() + 0.1 * grad.double()
+        v = 0.999 * a8.dequantize(state.v, state.v_max, False).double() + 0.001 * grad.double() ** 2
+        expected = param.double() * (1 - 0.01 * 0.01)
+        expected -= 0.01 / (1 - 0.9**t) * m / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        a8.adamw8bit_(param, grad, state, scalar(t), lr=0.01)
+        close("param", param, expected)
+        for codes, top, exact, signed in ((state.m, state.m_max, m, True), (state.v, state.v_max, v, False)):
+            values = a8.dynamic_map(signed).double().to(DEVICE)
+            for block in range(4):
+                part = slice(256 * block, min(256 * block + 256, n))
+                assert math.isclose(float(top[block]), float(exact[part].abs().max()), rel_tol=1e-5)
+                scaled = exact[part] / exact[part].abs().max()
+                best = (scaled[:, None] - values[None, :]).abs().amin(1)
+                assert bool(((scaled - values[codes[part].long()]).abs() <= best + 1e-6).all())
+
+
+def test_adamw8bit_skips_copies_and_clips() -> None:
+    param, grad, _, _ = buffers(700, torch.float32)
+    state = a8.Moments8.zeros(700, DEVICE)
+    a8.adamw8bit_(param, grad, state, scalar(1), lr=0.1)
+    before, kept = param.clone(), [x.clone() for x in state]
+    copy, skip = torch.zeros(700, dtype=torch.float16, device=DEVICE), scalar(1)
+    a8.adamw8bit_(param, grad * math.nan, state, scalar(2), lr=0.1, skip=skip, copy=copy)
+    assert torch.equal(param, before) and torch.equal(copy, param.half())
+    assert all(torch.equal(a, b) for a, b in zip(state, kept, strict=True))
+    other, twin = param.clone(), a8.Moments8(*(x.clone() for x in state))
+    a8.adamw8bit_(param, grad, state, scalar(2), lr=scalar(0.1), skip=scalar(0), copy=copy, factor=scalar(0.25))
+    a8.adamw8bit_(other, grad * 0.25, twin, scalar(2), lr=0.1)
+    assert torch.equal(param, other) and torch.equal(copy, param.half()) and not torch.equal(param, before)
+    assert all(torch.equal(a, b) for a, b in zip(state, twin, strict=True))
+
+
+def test_adamw8bit_refuses_a_state_of_another_length() -> None:
+    x = torch.zeros(512)
+    with pytest.raises(ValueError, match=r"m \(256,\)"):
+        a8.adamw8bit_(x, x, a8.Moments8.zeros(256, "cpu"), torch.tensor(1), lr=0.1)
+    short = a8.Moments8.zeros(512, "cpu")._replace(v_max=torch.zeros(3))
+    with pytest.raises(ValueError, match="512 elements has 2 blocks, not 2 and 3"):
+        a8.adamw8bit_(x, x, short, torch.tensor(1), lr=0.1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from nbkit.kernels import Case, KernelOp, all_ops
+from nbkit.kernels import Case, KernelOp, adamw8bit, all_ops
 from nbkit.kernels import linear_cross_entropy as lce
 from nbkit.kernels import rms_norm as rms
 from nbkit.kernels import rope as rp
@@ -167,3 +167,30 @@ def test_references_are_transformers_own_bit_for_bit() -> None:
         cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
         for x, stock in zip((q, k), apply_rotary_pos_emb(q, k, cos, sin), strict=True):
             assert torch.equal(rp.rope(x.transpose(1, 2), cos, sin).transpose(1, 2), stock)
+
+
+def test_the_8_bit_optimizer_follows_bitsandbytes() -> None:
+    """Equal maps and absmax; codes that are nearest, where bitsandbytes on the CPU is so but for near ties; twenty steps alike."""
+    functional, optim = pytest.importorskip("bitsandbytes.functional"), pytest.importorskip("bitsandbytes.optim")
+    for signed in (True, False):
+        values = adamw8bit.dynamic_map(signed)
+        assert torch.equal(values, functional.create_dynamic_map(signed=signed))
+        x = torch.randn(5000, generator=torch.Generator().manual_seed(1))
+        x = x if signed else x.square()
+        codes, top = adamw8bit.quantize(x, signed)
+        other, other_top = torch.ops.bitsandbytes.quantize_blockwise(x, values, 256)
+        scaled = x / top.repeat_interleave(256)[:5000]
+        assert torch.equal(top, other_top) and float((codes != other).float().mean()) < 0.05
+        assert bool(((scaled - values[codes.long()]).abs() <= (scaled - values[other.long()]).abs() + 1e-7).all())
+    make = torch.Generator().manual_seed(0)
+    start = torch.randn(5000, generator=make)
+    param = torch.nn.Parameter(start.clone())
+    theirs = optim.AdamW8bit([param], lr=1e-2, weight_decay=0.1)
+    ours, state = start.clone(), adamw8bit.Moments8.zeros(5000, "cpu")
+    for t in range(1, 21):
+        grad = torch.randn(5000, generator=make)
+        param.grad = grad.clone()
+        theirs.step()
+        adamw8bit.adamw8bit_(ours, grad, state, torch.tensor(t), lr=1e-2, weight_decay=0.1)
+    moved, apart = (ours - start).abs().mean(), (ours - param.detach()).abs().mean()
+    assert float(moved) > 0.03 and float(apart) < 1e-3 * float(moved)
