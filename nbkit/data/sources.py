@@ -1,88 +1,102 @@
-"""Rows from a JSONL, JSON or CSV file, a list of dicts, a `datasets.Dataset`, a hub id, or `sample:NAME`.
-
-Files are read with the standard library. A broken line does not spoil the file: it becomes a row with a fault,
-so that the rows beside it are used and every row is accounted for.
-"""
+"""`read`: any source becomes a `Source` of numbered rows. Each kind of source has its reader in a file of its own."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nbkit.data.findings import RowFault
+from nbkit.data import archives, files, folders, hub, tables, web
+from nbkit.data.rows import LOOKED_AT, Row, Source, Streamed, checked, in_memory
 from nbkit.errors import DataError, nearest
 
+__all__ = ["ACCEPTED", "LOOKED_AT", "SAMPLES", "SUFFIXES", "Row", "Source", "Streamed", "read"]
+
 SAMPLES = Path(__file__).parent / "samples"
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-ACCEPTED = "a .jsonl, .json or .csv file, a list of dicts, a datasets.Dataset, a hub id such as org/name, or sample:ships-log"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-CELL_LIMIT = 2**31 - 1  # characters; the csv module stops at 131,072 by itself, and takes a C long
+SUFFIXES = (*files.SUFFIXES, *tables.SUFFIXES)
+DRIVE = "/content/drive"
+ACCEPTED = (
+    "a .jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt file (also .gz, .zst, .zip), a folder of one, a pandas DataFrame, "
+    "a list of dicts, a datasets.Dataset, a hub id such as org/name or org/name:config#train[:10000], an https address, "
+    "or sample:ships-log"
+)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row as it was read; `fault` instead of a value where the line itself is broken."""
+def read(source: Any, *, split: str = "train", limit: int | None = None) -> Source:
+    """The rows of a source, in order; a file is read in a stream and again for each pass.
 
-    number: int  # 1-based; the line number for JSONL
-    value: Any = None
-    fault: RowFault | None = None
-
-
-@dataclass(frozen=True)
-class Source:
-    name: str
-    rows: list[Row]
-
-    @property
-    def columns(self) -> list[str]:
-        """All columns, in order of first appearance."""
-        seen: dict[str, None] = {}
-        for row in self.rows:
-            if isinstance(row.value, Mapping):
-                seen.update(dict.fromkeys(str(key) for key in row.value))
-        return list(seen)
-
-
-def read(source: Any) -> Source:
-    """All rows of a source, in order.
-
+    Args:
+        source: the path of a file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, .feather, .txt, .md; text also packed
+            as .gz, .bz2, .xz, .zst or .zip) or of a folder (see `nbkit.data.folders.read_folder`); a hub id, written
+            `org/name`, `org/name:config`, `org/name#split` or `org/name:config#train[:10000]` (see `nbkit.data.hub`);
+            an https address (see `nbkit.data.web`); `sample:NAME`; a list of dicts; a pandas DataFrame; a `datasets` Dataset,
+            IterableDataset or dictionary of splits.
+        split: of a hub id or a dictionary of splits that does not say itself.
+        limit: only the first rows, so many.
     Raises: DataError if the source cannot be opened, is of an unknown kind, or has no rows.
     """
-    if isinstance(source, (str, os.PathLike)):
-        found = _named(str(source)) if isinstance(source, str) else _file(Path(source))
-    elif type(source).__module__.split(".")[0] == "datasets":
-        found = _dataset(source)
-    elif isinstance(source, Sequence) and not isinstance(source, (bytes, bytearray)):
-        found = Source("the list of rows", [Row(i, value) for i, value in enumerate(source, 1)])
-    elif isinstance(source, Iterator):
+    if limit is not None and limit < 1:
+        raise DataError(f"limit is {limit}; give a number of rows from 1, or None for all.")
+    found = checked(_find(source, split))
+    if limit is None or isinstance(found.rows, list):
+        rows = found.rows[:limit] if isinstance(found.rows, list) else found.rows
+        return found if limit is None else in_memory_rows(found, rows)
+    rows = Streamed(found.rows.__iter__, limit)
+    count = None if found.count is None else min(found.count, limit)
+    return Source(found.name, rows, count, _limited(found, limit), found.size, found.keeps)
+
+
+def in_memory_rows(found: Source, rows: Any) -> Source:
+    return Source(found.name, rows, len(rows), _limited(found, len(rows)), found.size, found.keeps)
+
+
+def _limited(found: Source, limit: int) -> Any:
+    return lambda: f"{found.fingerprint}[:{limit}]" if found.fingerprint else None
+
+
+def _find(source: Any, split: str) -> Source:
+    if isinstance(source, str):
+        return _named(source, split)
+    if isinstance(source, os.PathLike):
+        return _path(Path(source), split)
+    library = type(source).__module__.split(".")[0]
+    if library == "datasets":
+        return tables.read_dataset(source, split)
+    if library == "pandas" and hasattr(source, "columns"):
+        return tables.read_frame(source)
+    if isinstance(source, Sequence) and not isinstance(source, (bytes, bytearray)):
+        return in_memory("the list of rows", source)
+    if isinstance(source, Iterator):
         raise DataError("The rows come from an iterator, which can be read only once; pass list(rows) instead.")
-    else:
-        raise DataError(f"Rows cannot be read from a {type(source).__name__}; give {ACCEPTED}.")
-    if not found.rows:
-        raise DataError(f"There are no rows in {found.name}; give a source with at least one row.")
-    return found
+    raise DataError(f"Rows cannot be read from a {type(source).__name__}; give {ACCEPTED}.")
 
 
-def _named(name: str) -> Source:
+def _named(name: str, split: str) -> Source:
     if name.startswith("sample:"):
         return _sample(name)
+    if not name.strip():
+        raise DataError(f"The name of the source is empty; give {ACCEPTED}.")
+    hub_name = hub.parse(name)
+    if "://" in name[:12] and not (hub_name and name.startswith("https://")):
+        return _address(name)
     try:
         path = Path(name).expanduser()
         exists = path.exists()
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{name[:80]!r} is no usable file name ({error}); give {ACCEPTED}.") from error
-    if exists or path.suffix.lower() in SUFFIXES:
-        return _file(path)
-    if HUB_ID.fullmatch(name):
-        return _hub(name)
+    if exists or path.suffix.lower() in (*SUFFIXES, *archives.PACKED) or name.startswith(DRIVE):
+        return _path(path, split)
+    if hub_name:
+        return hub.read_hub(hub_name, split)
     raise DataError(f"There is no file {name[:200]!r}, and it is no hub id (org/name); give {ACCEPTED}.")
+
+
+def _address(url: str) -> Source:
+    path, folder = web.fetch(url, SUFFIXES)
+    found = _path(path, "train")
+    found.name, found.keeps = url, folder
+    return found
 
 
 def _sample(name: str) -> Source:
@@ -91,127 +105,35 @@ def _sample(name: str) -> Source:
     if folder not in known or (part or "train") not in ("train", "held_out"):
         names = [f"sample:{n}{tail}" for n in known for tail in ("", "/held_out")]
         raise DataError(f"There is no sample set {name[:80]!r}; there are {', '.join(names)}.{nearest(name, names)}")
-    return Source(name, _jsonl((known[folder] / f"{part or 'train'}.jsonl").read_bytes()))
+    found = _path(known[folder] / f"{part or 'train'}.jsonl", "train")
+    found.name = name
+    return found
 
 
-def _file(path: Path) -> Source:
-    suffix = path.suffix.lower()
+def _path(path: Path, split: str) -> Source:
     if path.is_dir():
-        raise DataError(f"{path} is a folder; give one file in it ({', '.join(SUFFIXES)}).")
-    if suffix not in SUFFIXES:
-        raise DataError(f"{path} ends in {suffix or 'no suffix'}, which nbkit does not read; give {ACCEPTED}.")
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        beside = [p.name for p in path.parent.glob("*") if p.suffix.lower() in SUFFIXES] if path.parent.is_dir() else []
-        raise DataError(f"There is no file {path}; check the name and the folder.{nearest(path.name, beside)}") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}; check the file and its rights.") from error
-    if not data.strip():
+        return folders.read_folder(path, split, SUFFIXES, lambda inner: _path(inner, split))
+    if not path.exists():
+        raise _missing(path)
+    packed = archives.inspect(path, SUFFIXES)
+    if packed.suffix not in SUFFIXES:
+        raise DataError(f"{path} ends in {packed.suffix or 'no suffix'}, which nbkit does not read; give {ACCEPTED}.")
+    if packed.suffix in files.SUFFIXES:
+        return files.read_file(packed)
+    if packed.packing:
+        raise DataError(f"{path} is a packed {packed.suffix} file, which cannot be read in place; unpack it first.")
+    if not path.stat().st_size:
         raise DataError(f"{path} is empty; give a file with at least one row.")
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:512]:
-        raise DataError(f"{path} is not UTF-8 text (it looks like UTF-16 or a binary file); save it as UTF-8.")
-    data = data.removeprefix(b"\xef\xbb\xbf")
-    if suffix in (".csv", ".tsv"):
-        return Source(str(path), _csv(data, path))
-    return Source(str(path), _json(data, path) if suffix == ".json" else _jsonl(data))
+    return tables.read_parquet(path) if packed.suffix == ".parquet" else tables.read_arrow(path)
 
 
-def _jsonl(data: bytes) -> list[Row]:
-    from tqdm.auto import tqdm
-
-    lines = [(number, line) for number, line in enumerate(data.split(b"\n"), 1) if line.strip()]
-    return [_json_line(number, line) for number, line in tqdm(lines, desc="Reading rows", unit=" rows", delay=1, leave=False)]
-
-
-def _json_line(number: int, line: bytes) -> Row:
-    try:
-        return Row(number, json.loads(line.decode("utf-8")))
-    except UnicodeDecodeError as error:
-        where = f"byte 0x{line[error.start]:02x} at position {error.start + 1}"
-        return Row(number, fault=RowFault("broken_text", f"line {number} is not UTF-8 text ({where}); save the file as UTF-8"))
-    except (ValueError, RecursionError) as error:
-        return Row(number, fault=RowFault("broken_line", f"line {number} is not JSON: {_reason(error)}"))
-
-
-def _json(data: bytes, path: Path) -> list[Row]:
-    try:
-        values = json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path} is not UTF-8 text (byte 0x{data[error.start]:02x} in line {line}); save it as UTF-8.") from error
-    except (ValueError, RecursionError) as error:
-        rows = _jsonl(data)  # JSON Lines under the name .json is common
-        if any(row.fault is None for row in rows) and not data.lstrip().startswith(b"["):
-            return rows
-        raise DataError(f"{path} is not JSON: {_reason(error)}; mend the file, or save it as JSON Lines (.jsonl).") from error
-    if isinstance(values, dict) and data.strip().count(b"\n") == 0:
-        return [Row(1, values)]  # one JSON line
-    if not isinstance(values, list):
-        seen = f"an object with the keys {', '.join(map(str, values))[:200]}" if isinstance(values, dict) else f"{values!r:.80}"
-        raise DataError(f"{path} holds {seen}; a .json file must be a list of rows: [{{...}}, {{...}}].")
-    return [Row(number, value) for number, value in enumerate(values, 1)]
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        return f"{error.msg} ({line}column {error.colno})"
-    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:120]
-
-
-def _csv(data: bytes, path: Path) -> list[Row]:
-    # Bytes that are not UTF-8 become lone surrogates, so that only the rows that hold them are refused.
-    text = data.decode("utf-8", "surrogateescape")
-    header = text.split("\n", 1)[0]
-    delimiter = max(",;\t", key=header.count)
-    limit = csv.field_size_limit(CELL_LIMIT)
-    try:
-        lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
-    except csv.Error as error:
-        raise DataError(f"{path} is not a CSV table: {error}; check its quotes.") from error
-    finally:
-        csv.field_size_limit(limit)
-    columns = lines[0] if lines else []
-    twice = sorted({column for column in columns if columns.count(column) > 1})
-    if twice:
-        raise DataError(f"{path} has the column {twice[0]!r} twice; rename one of them.")
-    return [_cells(number, columns, cells) for number, cells in enumerate((line for line in lines[1:] if line), 1)]
-
-
-def _cells(number: int, columns: list[str], cells: list[str]) -> Row:
-    if len(cells) > len(columns):
-        reason = f"it has {len(cells)} cells, the header has {len(columns)} columns; put texts with commas in quotes"
-        return Row(number, fault=RowFault("ragged_row", reason))
-    for column, cell in zip(columns, cells, strict=False):
-        if any("\udc80" <= letter <= "\udcff" for letter in cell):
-            return Row(number, fault=RowFault("broken_text", f"the column {column!r} is not UTF-8 text; save the file as UTF-8"))
-    return Row(number, dict(zip(columns, [*cells, *[None] * (len(columns) - len(cells))], strict=True)))
-
-
-def _hub(name: str) -> Source:
-    import datasets
-
-    try:
-        splits = datasets.load_dataset(name)
-    except Exception as error:  # the library raises many kinds: not found, gated, no network, no known file
-        reason = str(error).strip().split("\n")[0][:200]
-        raise DataError(
-            f"The data set {name!r} is no file here and could not be loaded from the hub ({type(error).__name__}: {reason}); "
-            f"check the name and the network, or give {ACCEPTED}."
-        ) from error
-    return Source(name, _dataset(splits).rows)
-
-
-def _dataset(data: Any) -> Source:
-    if isinstance(data, Mapping):  # a DatasetDict
-        if "train" not in data:
-            splits = ", ".join(map(str, data)) or "none"
-            raise DataError(f"The data set has no split 'train', but {splits}; load one of them and pass it as the source.")
-        data = data["train"]
-    if not hasattr(data, "__len__"):
-        raise DataError("A streamed data set has no length; pass a list of the rows you want: list(data.take(10_000)).")
-    from tqdm.auto import tqdm
-
-    rows: Iterable[Any] = tqdm(data, desc="Reading rows", unit=" rows", delay=1, leave=False)
-    return Source("the data set", [Row(number, dict(value)) for number, value in enumerate(rows, 1)])
+def _missing(path: Path) -> DataError:
+    if path.as_posix().startswith(DRIVE) and not Path(DRIVE, "MyDrive").is_dir():
+        return DataError(
+            f"There is no {path}, since Google Drive is not mounted; run `from google.colab import drive` and "
+            f"`drive.mount('{DRIVE}')`, then read it again."
+        )
+    if path.suffix.lower() not in (*SUFFIXES, *archives.PACKED):
+        return DataError(f"There is no file or folder {path}; give {ACCEPTED}.")
+    suffixes = (*SUFFIXES, *archives.PACKED)
+    return DataError(f"There is no file {path}; check the name and the folder.{nearest(path.name, files.beside(path, suffixes))}")

@@ -61,13 +61,13 @@ def test_what_is_found_is_found_again_from_its_own_recipe() -> None:
 
 def test_an_unknown_format_says_what_was_seen_and_what_is_accepted() -> None:
     with pytest.raises(DataError) as caught:
-        found([{"question": "a", "answer": "b"}])
+        found([{"heading": "a", "body": "b"}])
     for part in (
-        "'question', 'answer'",
+        "'heading', 'body'",
         "alpaca",
         "sharegpt",
         "messages",
-        "columns={'instruction': 'question', 'output': 'answer'}",
+        "columns={'instruction': 'heading', 'output': 'body'}",
     ):
         assert part in str(caught.value)
     with pytest.raises(DataError, match="No row of the list of rows is an object with columns; the first is 'text'"):
@@ -110,7 +110,8 @@ def test_alpaca_with_and_without_input() -> None:
 def test_every_alias_of_a_role() -> None:
     for role, aliases in SPEAKERS.items():
         for alias in aliases:
-            turns = [{"from": "human", "value": "q"}, {"from": alias.upper(), "value": "x"}, {"from": "gpt", "value": "y"}]
+            value = '{"name": "x"}' if alias.endswith("_call") else "x"
+            turns = [{"from": "human", "value": "q"}, {"from": alias.upper(), "value": value}, {"from": "gpt", "value": "y"}]
             assert [m["role"] for m in converted({"conversations": turns}).messages] == ["user", role, "assistant"]
 
 
@@ -170,8 +171,12 @@ def turn(role: Any, content: Any, **more: Any) -> dict[str, Any]:
         ({"messages": [turn("user", "a"), turn("assistant", 5)]}, "wrong_type", "the reply is 5, not text"),
         ({"messages": [turn("user", None), turn("assistant", "a")]}, "null_prompt", r"the prompt is null \(turn 1\)"),
         ({"messages": [turn("user", ""), turn("assistant", "a")]}, "empty_prompt", "the prompt is empty"),
-        ({"messages": [turn("user", [{"type": "image_url"}]), turn("assistant", "a")]}, "wrong_type", "a list of 1, not text"),
-        ({"messages": [turn("user", "a"), turn("assistant", None, tool_calls=[1])]}, "tool_call", "turn 2 is a tool call"),
+        (
+            {"messages": [turn("user", [{"type": "image_url"}]), turn("assistant", "a")]},
+            "not_text",
+            "a part of the type 'image_url'",
+        ),
+        ({"messages": [turn("user", "a"), turn("assistant", None, tool_calls=[1])]}, "broken_tool_call", "call 1 of turn 2 is 1"),
         (
             {"messages": [turn("user", "a\ud83d"), turn("assistant", "b")]},
             "broken_text",
