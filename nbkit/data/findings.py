@@ -52,6 +52,9 @@ REASONS = {
     "control_text": "the text spells a control token; it is kept as plain characters",
     "no_stop": "no stop token follows the reply",
     "overlap": "the row is among the training rows too",
+    "duplicate": "the row equals an earlier one",
+    "cut": "too long, so the end is cut off",
+    "split": "too long, so the row is split",
 }
 
 _DROP = "leave such rows out with DataRecipe(faulty='drop')"
@@ -95,6 +98,7 @@ REPAIRS = {
     "no_trained_token": _DROP,
     "too_long": "raise max_seq_length, or choose DataRecipe(too_long='drop'), 'cut' or 'split'",
     "overlap": "take the row out of one of the two sets",
+    "duplicate": "leave them out with DataRecipe(duplicates='drop')",
 }
 
 
