@@ -87,7 +87,7 @@ def _rms_norm_backward_kernel(
         tl.store(DW + program * D + col, share, mask=inside)
 
 
-def _warps(block: int) -> int:
+def warps(block: int) -> int:
     return min(max(block // 512, 1), 16)
 
 
@@ -125,7 +125,7 @@ def rms_norm_forward(
     with on_device(x):
         _rms_norm_forward_kernel[(n,)](
             x, weight, out, rstd, x.stride(0), out.stride(0), eps,
-            OFFSET=float(offset), CAST_LAST=cast == LAST, D=d, BLOCK=block, num_warps=_warps(block)
+            OFFSET=float(offset), CAST_LAST=cast == LAST, D=d, BLOCK=block, num_warps=warps(block)
         )  # fmt: skip
     return out, rstd
 
@@ -171,7 +171,7 @@ def rms_norm_backward(
         _rms_norm_backward_kernel[(programs,)](
             dy, x, weight, rstd, added, dx, shares, dy.stride(0), x.stride(0), added.stride(0), dx.stride(0), n,
             OFFSET=float(offset), ADD=add_to is not None, WEIGHT_GRAD=weight_grad, ROWS=rows, D=d, BLOCK=block,
-            num_warps=_warps(block)
+            num_warps=warps(block)
         )  # fmt: skip
     return dx, shares.sum(0) if weight_grad else None
 

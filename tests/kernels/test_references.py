@@ -170,7 +170,7 @@ def test_references_are_transformers_own_bit_for_bit() -> None:
 
 
 def test_the_8_bit_optimizer_follows_bitsandbytes() -> None:
-    """Equal maps and absmax; codes that are nearest, where bitsandbytes on the CPU is so but for near ties; twenty steps alike."""
+    """Equal maps and absmax; codes that are nearest, where bitsandbytes on the CPU is so but for near ties; twenty like steps."""
     functional, optim = pytest.importorskip("bitsandbytes.functional"), pytest.importorskip("bitsandbytes.optim")
     for signed in (True, False):
         values = adamw8bit.dynamic_map(signed)
