@@ -32,8 +32,11 @@ _WHERE = {
     "patch": "nbkit.models.patch",
     "unpatch": "nbkit.models.patch",
     "certify": "nbkit.models.certify",
+    "find_overflow": "nbkit.models.overflow",
     "doctor": "nbkit.hardware.doctor",
     "inspect": "nbkit.inspection",
+    "standardize_sharegpt": "nbkit.data.reshape",
+    "to_sharegpt": "nbkit.data.reshape",
     "studio": "nbkit.widgets.studio",
 }
 __all__ = sorted([*_WHERE, "__version__"])
