@@ -3,7 +3,7 @@
 usage: python benchmarks/bench_training.py ROW... [--out FILE.csv] [--arms nbkit,stock] [--rounds 3] [--steps 4] [--profile]
 ROW is MODEL:WEIGHTS:BATCHxTOKENS[:OPTION...], for example 8b:nf4:2x2048 or 1b:bf16:2x512:r32:L4. Options:
     r32         LoRA's rank, 16 if not said                  L4       keep level of nbkit; checkpointing for stock from L1 up
-    within6.8   GiB that torch may allocate                   cap16    GB of the whole process (0.55 of them for CUDA itself)
+    within6.8   GiB that torch may allocate                   cap16    GB of the whole process (0.9 of them for CUDA itself)
     save        nbkit saves memory as checkpointing asks      once     one optimizer step, nothing before it; for steps of minutes
 
 Weights are random at the true shapes of Llama-3.1-8B and Llama-3.2-1B. A timed step has a fresh batch of random tokens, all
@@ -95,6 +95,7 @@ class Nbkit:
 
     name = "nbkit"
     graphs = True
+    optimizer_bytes = 8  # what a trainer would say of its optimizer
 
     def __init__(self, level: int | None, save: bool = False) -> None:
         self.level, self.save = level, save
@@ -105,6 +106,7 @@ class Nbkit:
 
         nbkit.patch(model, graphs=self.graphs)  # the planner decides where the row names no level
         binding_of(model).checkpoint = "nbkit" if self.save else None
+        binding_of(model).optimizer_bytes = self.optimizer_bytes
         if self.level is not None:
             binding_of(model).keep = Keep(self.level)
 
@@ -207,7 +209,7 @@ def limit(options: list[str]) -> None:
     """Set what torch may allocate, as the row says."""
     total = torch.cuda.mem_get_info()[1]
     within = next((float(o[6:]) * 2**30 for o in options if o.startswith("within")), None)
-    cap = next(((float(o[3:]) - 0.55) * 1e9 for o in options if o.startswith("cap")), None)
+    cap = next(((float(o[3:]) - 0.9) * 1e9 for o in options if o.startswith("cap")), None)
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(min(1.0, (within or cap or total) / total))
@@ -347,6 +349,7 @@ def main() -> None:
     )
     parser.add_argument("--truth", action="store_true", help="gradient errors against a float32 copy of the model")
     given = parser.parse_args()
+    Nbkit.optimizer_bytes = 8 if given.optimizer == "adamw" else 2
     where = dict(commit=given.commit or commit(), gpu=torch.cuda.get_device_name(), date=time.strftime("%Y-%m-%d"), **versions())
     rows = []
     for row in given.rows:

@@ -58,14 +58,17 @@ def working(level: int, rows: int, s: Sizes) -> int:
     return rows * s.size * (max(mlp, attention) + again)
 
 
+def by_head(rows: int, s: Sizes) -> int:
+    """What attention's backward takes for one key/value head and its queries: do, dq, dk, dv, and its own float32 sums."""
+    queries = s.heads // s.kv_heads
+    return rows * s.head * (s.size * (2 * queries + 2) + 4 * queries)
+
+
 def lean(level: int, rows: int, s: Sizes, tile: int, groups: int) -> int:
     """The same where the backward goes in tiles and head groups, in place: x, g, [q|k|v] and out stay whole."""
-    attention, share = s.heads * s.head, min(1.0, groups / s.kv_heads)
-    whole = rows * s.size * (2 * s.hidden + s.qkv + attention)
-    sums = 4 * attention  # attention's own, in float32
-    by_heads = int(rows * share * (s.size * (2 * attention + 2 * s.kv_heads * s.head) + sums))  # do, dq, dk, dv
+    whole = rows * s.size * (2 * s.hidden + s.qkv + s.heads * s.head)
     by_tiles = min(tile, rows) * s.size * (5 * s.intermediate + 4 * s.hidden)
-    return whole + max(by_heads, by_tiles)
+    return whole + max(min(groups, s.kv_heads) * by_head(rows, s), by_tiles)
 
 
 def head(rows: int, s: Sizes) -> int:

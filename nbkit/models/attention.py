@@ -4,8 +4,9 @@ The layer keeps `out` and the log-sum-exp, so the backward never repeats the for
 runs is decided by capability, dtype, head width, mask and window, and `Attend.why` says it for the report:
 
     cudnn       Hopper and newer, 16 bits, heads a multiple of 8 and at most 128 wide (T = 8,192: 550 TFLOP/s, flash 320)
-    flash       Ampere and Ada; also sliding windows, and shapes seen for the first time (cuDNN builds a plan per shape)
-    efficient   a mask that is not causal alone, and Turing and Volta
+    flash       Ampere and Ada; also sliding windows, packed documents, and shapes seen for the first time (cuDNN builds a plan
+                per shape)
+    efficient   a mask that is not causal alone, and Turing and Volta (packed documents too)
     plain       everything else: CPU, float64; the formulas below, in float32 or wider
 """
 
@@ -20,6 +21,20 @@ from torch import Tensor
 
 aten = torch.ops.aten
 _CUDNN_LARGEST_HEAD = 128
+_LONG = 16384  # tokens from which cuDNN's plan is paid back within one step
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a pack begin: none looks into another.
+
+    Attributes:
+        starts: int32 (documents + 1,), ascending, from 0 to B T; equal neighbours are empty documents.
+        longest: tokens of the longest, or more.
+    """
+
+    starts: Tensor
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -30,6 +45,7 @@ class Attend:
     scale: float
     window: int | None = None
     why: str = ""
+    documents: Documents | None = None
 
 
 class Shapes:
@@ -46,10 +62,19 @@ class Shapes:
 
 
 def choose(
-    shape: tuple[int, int, int, int], like: Tensor, *, scale: float, mask: Tensor | None, window: int | None, shapes: Shapes
+    shape: tuple[int, int, int, int],
+    like: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None,
+    window: int | None,
+    shapes: Shapes,
+    documents: Documents | None = None,
 ) -> Attend:
     """The implementation for q of `shape` (B, H, T, K), of `like`'s dtype and device. A window as long as T is no window."""
     b, h, t, k = shape
+    if documents is not None:
+        return _for_documents(like, k, scale, window if window is not None and window < documents.longest else None, documents)
     if window is not None and window >= t:
         window = None
     if like.device.type != "cuda" or like.dtype not in (torch.float16, torch.bfloat16):
@@ -64,10 +89,21 @@ def choose(
     if window is not None:
         return Attend("flash", scale, window, f"sliding window of {window}")
     if major >= 9 and k <= _CUDNN_LARGEST_HEAD and t > 1:  # cuDNN refuses one token
-        if shapes.repeated(b, h, t, k):
+        if t >= _LONG or shapes.repeated(b, h, t, k):
             return Attend("cudnn", scale, None, "Hopper or newer")
         return Attend("flash", scale, None, "first batch of this shape")
     return Attend("flash", scale, None, "Ampere or Ada")
+
+
+def _for_documents(like: Tensor, head: int, scale: float, window: int | None, documents: Documents) -> Attend:
+    """The implementation for packed documents, whose batch is one row of tokens."""
+    fast = like.device.type == "cuda" and like.dtype in (torch.float16, torch.bfloat16) and head % 8 == 0
+    major = torch.cuda.get_device_capability(like.device)[0] if fast else 0
+    if fast and major >= 8:
+        return Attend("flash documents", scale, window, "packed documents", documents)
+    if fast and window is None:
+        return Attend("efficient documents", scale, None, f"packed documents, capability {major}", documents)
+    return Attend("plain", scale, window, "packed documents without a kernel for them", documents)
 
 
 def forward(
@@ -91,6 +127,8 @@ def forward(
             window_size_left=side[0], window_size_right=side[1],
         )  # fmt: skip
         return out.transpose(1, 2), (lse, state, unused), (t, *side)
+    if how.documents is not None and how.kind != "plain":
+        return _documents_forward(how, how.documents, q, k, v)
     if how.kind == "efficient":
         rep = q.shape[1] // k.shape[1]
         bias = _bias(mask, q)
@@ -119,6 +157,8 @@ def backward(
             window_size_left=left, window_size_right=right,
         )  # fmt: skip
         return tuple(g.transpose(1, 2) for g in grads)
+    if how.documents is not None and how.kind != "plain":
+        return _documents_backward(how, how.documents, do, q, k, v, out, kept)
     if how.kind == "efficient":
         lse, seed, offset = kept
         g, rep = k.shape[1], q.shape[1] // k.shape[1]
@@ -130,10 +170,60 @@ def backward(
     return _plain_backward(how, do, q, k, v, out, mask, kept[0])
 
 
+def _side_by_side(*tensors: Tensor) -> list[Tensor]:
+    """(B, heads, T, K) as (B T, heads, K)."""
+    return [x.transpose(1, 2).flatten(0, 1) for x in tensors]
+
+
+def _documents_forward(
+    how: Attend, documents: Documents, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Any, ...]]:
+    b, h, t, _ = q.shape
+    starts, longest = documents.starts, documents.longest
+    if how.kind == "flash documents":
+        left, right = (how.window - 1, 0) if how.window else (None, None)
+        out, lse, state, unused, _ = aten._flash_attention_forward(
+            *_side_by_side(q, k, v), starts, starts, longest, longest, 0.0, True, False, scale=how.scale,
+            window_size_left=left, window_size_right=right,
+        )  # fmt: skip
+        return out.unflatten(0, (b, t)).transpose(1, 2), (lse, state, unused), ()
+    rep = h // k.shape[1]
+    rows = [x[None] for x in _side_by_side(q, repeat(k, rep), repeat(v, rep))]
+    out, lse, seed, offset, *_ = aten._efficient_attention_forward(
+        *rows, None, starts, starts, longest, longest, 0.0, 1, True, scale=how.scale
+    )
+    return out[0].unflatten(0, (b, t)).transpose(1, 2), (lse, seed, offset), ()
+
+
+def _documents_backward(
+    how: Attend, documents: Documents, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: tuple
+) -> tuple[Tensor, Tensor, Tensor]:
+    b, _, t, _ = q.shape
+    starts, longest = documents.starts, documents.longest
+    if how.kind == "flash documents":
+        lse, state, unused = kept
+        left, right = (how.window - 1, 0) if how.window else (None, None)
+        grads = aten._flash_attention_backward(
+            *_side_by_side(do, q, k, v, out), lse, starts, starts, longest, longest, 0.0, True, state, unused, scale=how.scale,
+            window_size_left=left, window_size_right=right,
+        )  # fmt: skip
+        dq, dk, dv = (g.unflatten(0, (b, t)).transpose(1, 2) for g in grads)
+        return dq, dk, dv
+    lse, seed, offset = kept
+    g, rep = k.shape[1], q.shape[1] // k.shape[1]
+    rows = [x[None] for x in _side_by_side(do, q, repeat(k, rep), repeat(v, rep))]
+    grads = aten._efficient_attention_backward(
+        *rows, None, _side_by_side(out)[0][None], starts, starts, longest, longest, lse, 0.0, seed, offset, 1, False,
+        scale=how.scale,
+    )  # fmt: skip
+    dq, dk, dv = (x[0].unflatten(0, (b, t)).transpose(1, 2) for x in grads[:3])
+    return dq, _sum_groups(dk, g), _sum_groups(dv, g)
+
+
 def of_heads(how: Attend, kept: tuple[Tensor, ...], heads: slice) -> tuple[Tensor, ...]:
-    """What `forward` kept, for some of the query heads: its log-sum-exp (B, H, T) or (B, H, T, 1) is cut."""
+    """What `forward` kept, for some of the query heads: its log-sum-exp (B, H, T), (B, H, T, 1) or (H, B T) is cut."""
     lse, *rest = kept
-    some = lse[:, heads]
+    some = lse[heads] if how.kind == "flash documents" else lse[:, heads]
     return (some if how.kind == "cudnn" else some.contiguous(), *rest)  # the other kernels read it without strides
 
 
@@ -146,8 +236,7 @@ def repeat(x: Tensor, times: int) -> Tensor:
 
 
 def _sum_groups(x: Tensor, groups: int) -> Tensor:
-    b, h, t, k = x.shape
-    return x if h == groups else x.view(b, groups, h // groups, t, k).sum(2)
+    return x if x.shape[1] == groups else x.unflatten(1, (groups, -1)).sum(2)
 
 
 def _bias(mask: Tensor | None, q: Tensor) -> Tensor | None:
@@ -175,6 +264,10 @@ def _scores(how: Attend, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     place = torch.arange(t, device=q.device)
     distance = place[:, None] - place[None, :]
     hidden = distance < 0 if how.window is None else (distance < 0) | (distance >= how.window)
+    if how.documents is not None:
+        every = torch.arange(q.shape[0] * t, device=q.device)
+        which = torch.searchsorted(how.documents.starts.long(), every, right=True).view(-1, 1, t)
+        hidden = hidden | (which[..., :, None] != which[..., None, :])
     return scores.masked_fill(hidden, -math.inf)
 
 

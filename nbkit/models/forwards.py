@@ -23,12 +23,14 @@ from nbkit.kernels.linear_cross_entropy import linear_cross_entropy
 from nbkit.kernels.rms_norm import rms_norm
 from nbkit.kernels.rope import rope
 from nbkit.kernels.swiglu import swiglu
+from nbkit.models.graphs import Pack
 from nbkit.models.layer import binding_of
 from nbkit.models.layer.bind import LAST, causal_only
 from nbkit.models.layer.function import FinalNorm
 from nbkit.models.outputs import LossOutput
 
 MARK = "_nbkit_family"  # instance attribute: the family whose facts the bound forward reads
+PACKED = {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}  # what a collator says of a pack
 GRAPHS = "_nbkit_graphs"  # instance attribute of the causal LM: its recorded steps, if it may have any
 FORWARDS: dict[str, Callable[..., Any]] = {}  # by the name of the op
 
@@ -195,11 +197,22 @@ def _recorded(
     if graphs is None or not model.training or not torch.is_grad_enabled() or inputs["use_cache"]:
         return None
     given = {name for name, value in (inputs | kwargs).items() if value is not None}
-    if not given <= plain | {"num_items_in_batch", "shift_labels"}:
+    pack = _pack(inputs, kwargs)
+    if not given <= plain | {"num_items_in_batch", "shift_labels"} | (PACKED if pack is not None else set()):
         return None
     if not causal_only(inputs["attention_mask"]):
         return None
-    return graphs.step(inputs["input_ids"], targets, kwargs.get("num_items_in_batch"))
+    return graphs.step(inputs["input_ids"], targets, kwargs.get("num_items_in_batch"), pack)
+
+
+def _pack(inputs: dict[str, Any], kwargs: dict[str, Any]) -> Pack | None:
+    """The documents of a pack whose collator says where they begin."""
+    starts, longest, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q"), inputs["position_ids"]
+    if starts is None or longest is None or positions is None or inputs["input_ids"] is None:
+        return None
+    if inputs["input_ids"].shape[0] != 1 or positions.shape != inputs["input_ids"].shape:
+        return None
+    return Pack(positions, starts.to(torch.int32), int(longest))
 
 
 def head_loss(

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from nbkit.config import IGNORE_INDEX
 from nbkit.families import Family
+from nbkit.kernels._launch import power_of_two
 from nbkit.kernels.linear_cross_entropy import linear_cross_entropy
 from nbkit.models.layer import Binding
 from nbkit.models.layer.bind import autocast_differs
@@ -32,6 +33,40 @@ RECENT = 12  # and they lie within this many steps: batches of ever new lengths 
 MOST = 8  # graphs at a time: each holds its gradients and the activations of a step
 # Weights times tokens up to which a graph pays: 8B gains 70 % at 512 tokens and nothing at 4,096; the 1B gains 130 % at 1,024.
 LAUNCH_BOUND = 2.0e13
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Where the documents of a step lie: positions (1, T), and `starts` int32 (documents + 1,); `longest` bounds their tokens.
+
+    In a recorded step `starts` has room for more documents, which are empty, and `longest` is a power of two.
+    """
+
+    positions: Tensor
+    starts: Tensor
+    longest: int
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """(documents there is room for, longest) of the recorded step that takes this one."""
+        return power_of_two(max(len(self.starts) - 1, 8)), power_of_two(max(self.longest, 64))
+
+    def like(self) -> Pack:
+        """The tensors of a recorded step for packs of this key; all tokens are one document so far."""
+        room, longest = self.key
+        starts = torch.full((room + 1,), self.positions.numel(), dtype=torch.int32, device=self.positions.device)
+        starts[: len(self.starts)] = self.starts
+        return Pack(self.positions.clone(), starts, min(longest, self.positions.numel()))
+
+    def fill(self, other: Pack) -> None:
+        """Take over another pack of the same key."""
+        self.positions.copy_(other.positions)
+        self.starts.fill_(self.positions.numel())
+        self.starts[: len(other.starts)].copy_(other.starts)
+
+    def inputs(self) -> dict[str, Any]:
+        """As keyword arguments of a decoder."""
+        return {"position_ids": self.positions, "cu_seq_lens_q": self.starts, "max_length_q": self.longest}
 
 
 class Pending:
@@ -49,6 +84,7 @@ class Recorded:
     graph: Any
     ids: Tensor
     targets: Tensor
+    pack: Pack | None
     items: Tensor
     loss: Tensor
     hidden: Tensor
@@ -57,12 +93,14 @@ class Recorded:
     pending: Any = None  # weak reference to the last replay's Pending
     last_used: int = 0
 
-    def replay(self, ids: Tensor, targets: Tensor, items: float | Tensor | None) -> Pending:
+    def replay(self, ids: Tensor, targets: Tensor, items: float | Tensor | None, pack: Pack | None) -> Pending:
         last = self.pending() if self.pending is not None else None
         if last is not None:
             last.flat = None if last.used else self.flat.clone()
         self.ids.copy_(ids)
         self.targets.copy_(targets)
+        if self.pack is not None and pack is not None:
+            self.pack.fill(pack)
         self.items.fill_(-1.0 if items is None else items)
         self.graph.replay()
         pending = Pending(self.flat)
@@ -88,22 +126,24 @@ class Graphs:
     weights: int = 0  # of all decoder linears
     pool: Any = None
 
-    def step(self, ids: Tensor, targets: Tensor, items: float | Tensor | None) -> tuple[Tensor, Tensor] | None:
+    def step(
+        self, ids: Tensor, targets: Tensor, items: float | Tensor | None, pack: Pack | None = None
+    ) -> tuple[Tensor, Tensor] | None:
         """(loss, hidden states for reading only) of ids and targets (B, T), or None where this step has to run eagerly."""
         self.binding.refresh()
         if self.version != self.binding.version:
             self.learn()
         if not self.fits(ids):
             return None
-        key = (tuple(ids.shape), self.binding.chosen, self.binding.checkpointed)
-        one = self.recorded.get(key) or self.record_if_due(key, ids.shape)
+        key = (tuple(ids.shape), self.binding.chosen, self.binding.checkpointed, pack.key if pack else None)
+        one = self.recorded.get(key) or self.record_if_due(key, ids.shape, pack)
         if one is None:
             return None
         self.clock += 1
         one.last_used = self.clock
         self.note = f"{len(self.recorded)} CUDA graphs, the last of shape {tuple(ids.shape)}"
         self.binding.scratch.owner.clear()  # the replay dequantises into it behind its back
-        loss = Replay.apply(one, ids, targets, items, *one.params)
+        loss = Replay.apply(one, ids, targets, items, pack, *one.params)
         return loss, ReadOnly.apply(one.hidden.detach().requires_grad_())
 
     def __post_init__(self) -> None:
@@ -143,14 +183,14 @@ class Graphs:
         self.note = next((reason for reason, holds in reasons.items() if holds), self.note)
         return not any(reasons.values())
 
-    def record_if_due(self, key: tuple, shape: Sequence[int]) -> Recorded | None:
+    def record_if_due(self, key: tuple, shape: Sequence[int], pack: Pack | None) -> Recorded | None:
         """Record this shape if it came often enough of late; None if it did not, or cannot be recorded."""
         if self.recent.count(key) < EAGER_FIRST:
             self.recent.append(key)
             self.note = "the first steps of a shape run eagerly"
             return None
         try:
-            one = self.record(shape)
+            one = self.record(shape, pack)
         except RuntimeError as error:  # a step that waits for the device, say: rope that grows with the length
             self.on = False
             self.note = f"steps run without CUDA graphs, recording one failed: {str(error).splitlines()[0]}"
@@ -161,12 +201,13 @@ class Graphs:
         self.recorded[key] = one
         return one
 
-    def record(self, shape: Sequence[int]) -> Recorded:
-        """Record one micro-step for ids of this shape."""
+    def record(self, shape: Sequence[int], pack: Pack | None = None) -> Recorded:
+        """Record one micro-step for ids of this shape, and for packs of this one's key."""
         device = self.binding.bound[0].parts.qkv.device
         ids = torch.zeros(*shape, dtype=torch.int64, device=device)
         targets = torch.zeros(*shape, dtype=torch.int64, device=device)
         items = torch.full((), -1.0, device=device)
+        pack = pack.like() if pack is not None else None
         params = [p for b in self.binding.bound for p in b.params]
         # Leaves of their own on the same memory: autograd ties the real ones to the stream of steps that are still alive.
         leaves = [p.detach().requires_grad_() for p in params]
@@ -181,11 +222,13 @@ class Graphs:
             torch.autocast("cuda", enabled=False),
             torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
         ):
-            hidden = self.model.get_submodule(self.family.decoder.base)(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = self.model.get_submodule(self.family.decoder.base)(
+                input_ids=ids, use_cache=False, **(pack.inputs() if pack else {})
+            ).last_hidden_state
             loss = self.loss(hidden, targets, items)
             grads = torch.autograd.grad(loss, leaves)
             torch.cat([g.reshape(-1) for g in grads], out=flat)
-        return Recorded(graph, ids, targets, items, loss.detach(), hidden.detach(), flat, params)
+        return Recorded(graph, ids, targets, pack, items, loss.detach(), hidden.detach(), flat, params)
 
     def loss(self, hidden: Tensor, targets: Tensor, items: Tensor) -> Tensor:
         """Sum over the labelled rows by `items`, or by their number where that is negative; nothing here waits for the device."""
@@ -205,8 +248,8 @@ class Replay(torch.autograd.Function):
     """One replay as a node of autograd: the loss of `params`, whose gradients the graph has made already."""
 
     @staticmethod
-    def forward(ctx: Any, one: Recorded, ids: Tensor, targets: Tensor, items: Any, *params: Tensor) -> Tensor:
-        ctx.pending, ctx.params = one.replay(ids, targets, items), [(p.shape, p.numel()) for p in params]
+    def forward(ctx: Any, one: Recorded, ids: Tensor, targets: Tensor, items: Any, pack: Any, *params: Tensor) -> Tensor:
+        ctx.pending, ctx.params = one.replay(ids, targets, items, pack), [(p.shape, p.numel()) for p in params]
         return one.loss.clone()
 
     @staticmethod
@@ -219,7 +262,7 @@ class Replay(torch.autograd.Function):
         scaled = ctx.pending.flat * g
         ctx.pending.used = True
         parts = scaled.split([n for _, n in ctx.params])
-        return (None, None, None, None, *(part.view(shape) for part, (shape, _) in zip(parts, ctx.params, strict=True)))
+        return (None, None, None, None, None, *(part.view(shape) for part, (shape, _) in zip(parts, ctx.params, strict=True)))
 
 
 class ReadOnly(torch.autograd.Function):

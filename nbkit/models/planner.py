@@ -25,6 +25,7 @@ MARGIN = 0.03  # of the free memory: fragments, and what the forecast does not k
 RESERVE = 320 * 2**20  # cuBLAS workspaces, cuDNN, other small users
 HOST_SHARE = 0.75  # of the free host RAM that kept activations may take
 TILE = 4096  # rows: GEMMs lose nothing at this size
+GROUP_BYTES = 256 * 2**20  # of one round of attention's backward
 GIB = 2**30
 
 
@@ -90,6 +91,7 @@ class Planner:
             checkpointed=checkpointed,
             stepped=stepped,
             host=free_host_bytes() + (binding.host.held if binding.host is not None else 0),
+            optimizer_bytes=binding.optimizer_bytes,
             may_park=device.type == "cuda" and binding.may_park(),
         )
         return self.plan
@@ -102,7 +104,7 @@ def candidates(sizes: forecast.Sizes, rows: int, *, four_bit: bool, checkpointed
             yield Keep(0), True, False
         for level in range(4):
             yield Keep(level), False, False
-    groups = max(1, sizes.kv_heads // 4)
+    groups = min(sizes.kv_heads, max(1, GROUP_BYTES // forecast.by_head(rows, sizes)))
     tile = TILE if rows > TILE else max(256, -(-rows // 512) * 256)  # half the rows where they are few
     yield Keep(3, tile, True, groups), False, False
     yield Keep(4, tile, False, groups), False, False
@@ -122,6 +124,7 @@ def choose(
     stepped: bool = False,
     host: int = 0,
     may_park: bool = False,
+    optimizer_bytes: int = 8,
 ) -> Plan:
     """The fastest plan for `rows` rows that fits into `free` bytes; the leanest if none does.
 
@@ -130,6 +133,7 @@ def choose(
         stepped: gradients and optimizer state are there already and not to be counted.
         host: bytes of host RAM that are free.
         may_park: whether the embedding may lie in host RAM.
+        optimizer_bytes: of the optimizer's state, for one LoRA parameter.
     """
     room = int(free * (1 - MARGIN)) - RESERVE
     passed, least = [], None
@@ -140,6 +144,7 @@ def choose(
         parts = forecast.step(
             keep.level, rows, sizes, four_bit=four_bit, copy=copy,
             offload=keep.offload, tile=keep.tile, groups=keep.groups, parked=park,
+            optimizer_bytes=optimizer_bytes,
         )  # fmt: skip
         needed = sum(n for name, n in parts.items() if not (stepped and name in ("LoRA gradients", "optimizer")))
         plan = Plan(keep, copy, rows, needed, free, "", park, on_host)

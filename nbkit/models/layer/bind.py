@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -45,10 +46,12 @@ class Binding:
         self.version = 0  # goes up when anything changes that a recorded step holds fixed
         self.writer: BorderWriter | None = None
         self.checkpoint: bool | str | None = None  # as a trainer asks for it: anything but None and False saves memory
+        self.optimizer_bytes = 8  # of the optimizer's state for a LoRA parameter: float32 Adam, unless a trainer says otherwise
         self.host: Host | None = None  # made when a plan first asks for host RAM
         self.norm: nn.Module | None = None  # after the last layer
         self.embedding = Embedding(decoder)
         self.tied = bool(getattr(config, "tie_word_embeddings", False))
+        self.documents: attention.Documents | None = None  # of a pack, in a forward that has one
         self.causal: Tensor | None = None  # stands for the mask in a forward that needs none but the causal one
         for index, layer in enumerate(layers):
             try:
@@ -57,6 +60,7 @@ class Binding:
                 self.reasons[index] = str(reason)
                 continue
             self.bound.append(BoundLayer(self, parts))
+        self.names = tuple(inspect.signature(type(decoder).forward).parameters)[1:]
         vars(decoder)[MARK] = self
         self._hooks = [
             decoder.register_forward_pre_hook(_before, with_kwargs=True),
@@ -103,16 +107,19 @@ class Binding:
         self.plan(kwargs)
         self.scratch.owner.clear()  # adapters may have been stepped since: what was dequantised with them is old
         self.writer.write()
-        self.causal = None
+        self.causal = self.documents = None
         if self.host is not None:
             self.host.begin()
         training = torch.is_grad_enabled()
         self.embedding.park(training and self.planner.parks and self.keep is None)
-        if not torch.is_grad_enabled() or not self.bound:
+        if not training or not self.bound:
             return
         if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is None:
             kwargs["use_cache"] = False  # a cache of what is being trained on is of no use, and would be kept until the backward
-        if not self.reasons and kwargs.get("position_ids") is None and causal_only(kwargs.get("attention_mask")):
+        if self.reasons or not causal_only(kwargs.get("attention_mask")):
+            return
+        self.documents, plain = documents_of(kwargs)
+        if plain or self.documents is not None:
             # A mask of four axes is handed to the layers as it is, so the stock decoder builds none.
             kwargs["attention_mask"] = self.causal = torch.empty(1, 1, 1, 1, device=self.bound[0].parts.qkv.device)
 
@@ -227,6 +234,8 @@ def _nothing() -> None:
 def _before(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     binding = vars(decoder).get(MARK)
     if binding is not None:
+        kwargs = {**dict(zip(binding.names, args, strict=False)), **kwargs}  # what was given by place gets its name
+        args = ()
         binding.before(kwargs)
     return args, kwargs
 
@@ -234,7 +243,7 @@ def _before(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
 def _after(decoder: nn.Module, args: tuple, output: Any) -> None:
     binding = vars(decoder).get(MARK)
     if binding is not None:
-        binding.causal = None
+        binding.causal = binding.documents = None
 
 
 def forward(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
@@ -258,7 +267,15 @@ def forward(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | Non
     cos, sin = kwargs["position_embeddings"]
     b, t, _ = hidden_states.shape
     shape = (b, parts.h, t, parts.k)
-    how = attention.choose(shape, hidden_states, scale=parts.scale, mask=mask, window=parts.window, shapes=binding.shapes)
+    how = attention.choose(
+        shape,
+        hidden_states,
+        scale=parts.scale,
+        mask=mask,
+        window=parts.window,
+        shapes=binding.shapes,
+        documents=binding.documents if causal else None,
+    )
     binding.how.add(f"{how.kind}: {how.why}")
     keep = binding.chosen
     call = Call(parts, keep, how, b, t, [], binding.memory_of_host().parcel() if keep.offload else None)
@@ -281,6 +298,30 @@ def causal_only(mask: Tensor | None) -> bool:
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return False
     return not bool((mask[:, 1:] > mask[:, :-1]).any())
+
+
+def documents_of(kwargs: dict[str, Any]) -> tuple[attention.Documents | None, bool]:
+    """(the documents of a pack, or None; whether every row is one document from its first token on).
+
+    A pack says where its documents begin by `cu_seq_lens_q` and `max_length_q`, as transformers' collators do, or by positions
+    that begin again at 0; the latter are read from the device, which costs a wait.
+    """
+    starts, longest, places = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q"), kwargs.get("position_ids")
+    if starts is not None and longest is not None:
+        return attention.Documents(starts.to(torch.int32), int(longest)), False
+    if places is None:
+        return None, True
+    if kwargs.get("attention_mask") is not None or places.dim() != 2:
+        return None, False
+    tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    places = places.expand(tokens.shape[0], -1)
+    fresh = torch.ones_like(places, dtype=torch.bool)
+    fresh[:, 1:] = places[:, 1:] != places[:, :-1] + 1
+    begins = fresh.flatten().nonzero().flatten()
+    if len(begins) == places.shape[0]:
+        return None, True
+    starts = torch.cat([begins, begins.new_tensor([places.numel()])]).to(torch.int32)
+    return attention.Documents(starts, int(starts.diff().max())), False
 
 
 def bind(model: nn.Module, family: Family) -> Binding:

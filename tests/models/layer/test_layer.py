@@ -210,6 +210,36 @@ def test_packed_rows_do_not_leak():
     assert torch.allclose(stock, one, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("keep", [None, Keep(4, 7, True, 1)], ids=str)
+def test_packed_documents_train_as_in_stock(family, keep):
+    """By positions that restart, by `cu_seq_lens_q`, and with empty documents at the end, as recorded steps have them."""
+    model = lora(family)
+    inputs = batch(rows=1, tokens=24)
+    inputs["position_ids"] = torch.cat([torch.arange(3), torch.arange(14), torch.arange(7)])[None]
+    inputs["labels"][0, [0, 3, 17]] = -100
+    loss, truth = step(model, **inputs, use_cache=False)  # with a cache the stock decoder takes a pack for one document
+    binding = bound(model, keep)
+    starts = torch.tensor([0, 3, 17, 24], dtype=torch.int32)
+    for more in ({}, {"cu_seq_lens_q": starts}, {"cu_seq_lens_q": torch.cat([starts, starts[-1:], starts[-1:]])}):
+        extra = {**more, "cu_seq_lens_k": starts, "max_length_q": 14, "max_length_k": 14} if more else {}
+        got, grads = step(model, **inputs, **extra)
+        assert abs(got - loss) <= 1e-5 * loss and worst(grads, truth)[0] <= 2e-5
+        assert any("packed documents" in how for how in binding.how)
+    binding.release()
+
+
+def test_positions_that_only_count_up_are_no_pack():
+    model = lora("llama")
+    inputs = batch()
+    loss, truth = step(model, **inputs)
+    binding = bound(model)
+    got, grads = step(model, **inputs, position_ids=torch.arange(19)[None])
+    assert abs(got - loss) <= 1e-5 * loss and worst(grads, truth)[0] <= 2e-5
+    assert not any("documents" in how for how in binding.how)
+    binding.release()
+
+
 def test_adapters_of_mixed_rank_and_a_subset_of_the_linears():
     assert_same(lora("llama", rank_pattern={"k_proj": 3, "down_proj": 9}), batch())
     assert_same(lora("llama", targets=["q_proj", "v_proj"]), batch())

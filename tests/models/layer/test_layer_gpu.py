@@ -7,7 +7,7 @@ import torch
 
 from nbkit.kernels.nf4 import Nf4, dequantize_nf4
 from nbkit.models.layer import Keep
-from tests.models.layer.rig import TARGETS, batch, fill, step
+from tests.models.layer.rig import TARGETS, batch, fill, step, worst
 from tests.models.layer.test_layer import bound
 
 pytestmark = pytest.mark.gpu
@@ -117,6 +117,54 @@ def test_left_padding_takes_the_masked_kernel():
     inputs["attention_mask"], inputs["labels"] = mask, inputs["labels"].masked_fill(mask == 0, -100)
     inputs["labels"][0, 7] = -100
     assert any(h.startswith("efficient") for h in compare(model, truth, inputs))
+
+
+def packed_on_gpu(lengths: list[int], seed: int = 1) -> dict[str, torch.Tensor | int]:
+    inputs = on_gpu(rows=1, tokens=sum(lengths), seed=seed)
+    starts = torch.tensor([0, *lengths], dtype=torch.int32, device="cuda").cumsum(0, dtype=torch.int32)
+    inputs["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None].cuda()
+    inputs["labels"][0, starts[:-1].long()] = -100
+    return {
+        **inputs,
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+
+
+@pytest.mark.parametrize("keep", [None, Keep(4, 50, True, 1)], ids=str)
+@pytest.mark.parametrize("kernel", ["flash documents", "efficient documents"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_packed_documents(family, kernel, keep, monkeypatch):
+    if kernel == "efficient documents":
+        if family == "mistral":
+            pytest.skip("a window takes flash or the plain formulas")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    truth, model = lora_on_gpu(family), lora_on_gpu(family, torch.bfloat16)
+    truth.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
+    how = compare(model, truth, packed_on_gpu([3, 61, 1, 40]), keep)
+    assert any(h.startswith(kernel) for h in how)
+
+
+def test_recorded_packs_equal_eager_ones_and_take_other_lengths():
+    import nbkit
+
+    model = lora_on_gpu(dtype=torch.bfloat16)
+    steps = [
+        packed_on_gpu(lengths, seed) for seed, lengths in enumerate([[20, 44], [30, 34], [64], [9, 9, 9, 37], [1] * 8 + [56]])
+    ]
+    nbkit.patch(model, graphs=False)
+    truth = [step(model, **one) for one in steps]
+    nbkit.unpatch(model)
+    nbkit.patch(model)
+    graphs = vars(model.get_base_model())["_nbkit_graphs"]
+    for _ in range(3):
+        got = [step(model, **one) for one in steps]
+    assert graphs.recorded, graphs.note
+    for (loss, grads), (want, wanted) in zip(got, truth, strict=True):
+        assert abs(loss - want) < 1e-3 and worst(grads, wanted)[0] < 2e-2
+    nbkit.unpatch(model)
 
 
 @pytest.mark.parametrize("shape", [(96, 128), (5, 5440), (1024, 4096), (3, 64)])
