@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nbkit.kernels import _launch
+from nbkit.kernels import geglu as gg
 from nbkit.kernels import linear_cross_entropy as lce
 from nbkit.kernels import rms_norm as rms
 from nbkit.kernels import rope as rp
@@ -129,6 +130,46 @@ def test_swiglu_backward_over_its_own_inputs(dtype: torch.dtype) -> None:
     close("dgate", gate, g.grad)
     close("dup", up, u.grad)
     close("h in place of dh", dh, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", [gg.TANH, gg.EXACT])
+def test_geglu_backward_over_its_own_inputs(dtype: torch.dtype, form: str) -> None:
+    n, f = 5, 33
+    buffer, both = bordered(n, 2 * f, dtype, 1)
+    keep, dh = bordered(n, f, dtype, 2)
+    gate, up = both[:, :f], both[:, f:]
+    g, u, d = (x.double().requires_grad_() for x in (gate, up, dh))
+    truth = gg.reference(g, u, approximate=form)
+    truth.backward(d)
+    h = gg.geglu_forward(gate, up, out=torch.empty_like(gate), approximate=form)
+    close("h", h, truth)
+    dgate, dup = gg.geglu_backward(dh, gate, up, dgate=gate, dup=up, h=dh, approximate=form)
+    assert dgate is gate and dup is up and untouched(buffer, 2 * f) and untouched(keep, f)
+    close("dgate", dgate, g.grad)
+    close("dup", dup, u.grad)
+    close("h in place of dh", dh, truth)
+
+
+def test_geglu_is_accurate_over_all_gates() -> None:
+    """Both forms and their slopes, in float32 against float64, from where they vanish to where they are the identity."""
+    gate = torch.linspace(-12, 12, 4001, device=DEVICE)[None]
+    one = torch.ones_like(gate)
+    for form in (gg.TANH, gg.EXACT):
+        wide = gate.double().requires_grad_()
+        truth = gg.reference(wide, one.double(), approximate=form)
+        truth.sum().backward()
+        truth = truth.detach()
+        slope, act = gg.geglu_backward(one, gate, one, approximate=form)
+        assert float((act.double() - truth).abs().max()) < 2e-6 and float((slope.double() - wide.grad).abs().max()) < 2e-6
+        assert float(((act.double() - truth) / gate.abs().clamp(min=0.1)).abs().max()) < 3e-7
+
+
+def test_geglu_refuses_unlike_inputs_and_unknown_forms() -> None:
+    with pytest.raises(ValueError, match="must be alike"):
+        gg.geglu(torch.randn(2, 4), torch.randn(2, 5))
+    with pytest.raises(ValueError, match="approximate is 'erf'; it must be 'none' or 'tanh'"):
+        gg.geglu(torch.randn(2, 4), torch.randn(2, 4), approximate="erf")
 
 
 def test_swiglu_refuses_unlike_inputs() -> None:
