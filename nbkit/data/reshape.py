@@ -140,7 +140,8 @@ def _joined(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _by_split(splits: Mapping[str, Any], change: Callable[[Any], Any]) -> Any:
-    return type(splits)({name: change(part) for name, part in splits.items()})
+    kind: Any = type(splits)
+    return kind({name: change(part) for name, part in splits.items()})
 
 
 def _columns(dataset: Any) -> list[str]:
