@@ -38,6 +38,11 @@ def new_run_dir(workspace: Path, model_name: str) -> Path:
     raise FileExistsError(f"no free run folder name under {workspace / 'runs'}")
 
 
+def cache_folder(workspace: Path) -> Path:
+    """Where prepared rows are kept; it is made when something is kept, and may be deleted at any time."""
+    return workspace / "cache"
+
+
 def keep_rows(source: Any, workspace: Path) -> str:
     """The name a RunConfig can use for `source`: itself if it is a name or a path, else a JSONL file of its rows.
 

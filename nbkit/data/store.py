@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Self, overload
 
 import numpy as np
 
 from nbkit.config import IGNORE_INDEX
 
 SPILL = 1 << 26  # tokens (320 MB) that are held in memory before a set goes to a file
+RAGGED = ("ids", "trained", "starts", "counts")
 Example = dict[str, Any]  # "input_ids" and "labels": lists of int, of one length; pairs: "rejected_…" too; KTO: "label": bool
 
 
@@ -102,7 +103,7 @@ class RaggedBuilder:
 
 
 def _unnamed(folder: Path | None) -> Any:
-    return tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  it lives as long as the arrays that are read from it
+    return tempfile.TemporaryFile(dir=folder)
 
 
 def _joined(parts: list[np.ndarray], dtype: Any) -> np.ndarray:
@@ -174,11 +175,33 @@ class Examples(Sequence[Example]):
 
     def taken(self, indices: np.ndarray) -> Examples:
         """Some of these examples, in the order of `indices`; nothing is copied."""
-        return Examples(self.tokens, self.rows, self.order[indices], self.rejected, self.liked)
+        return self.ordered(self.order[indices])
+
+    def ordered(self, order: np.ndarray) -> Examples:
+        """Other sequences of the same set."""
+        return Examples(self.tokens, self.rows, order, self.rejected, self.liked)
 
     def arrays(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, labels) of an example, int32 (T,)."""
         return self.tokens.arrays(int(self.order[index]))
+
+    def parts(self) -> dict[str, np.ndarray]:
+        """All arrays, by name: what `of_parts` takes."""
+        found = {"rows": self.rows, "order": self.order}
+        for name, ragged in (("tokens", self.tokens), ("rejected", self.rejected)):
+            if ragged is not None:
+                found |= {f"{name}_{part}": getattr(ragged, part) for part in RAGGED}
+        return found if self.liked is None else {**found, "liked": self.liked}
+
+    @classmethod
+    def of_parts(cls, parts: Mapping[str, np.ndarray]) -> Self:
+        """The examples that gave these arrays."""
+        tokens, rejected = (
+            Ragged(*(parts[f"{name}_{part}"] for part in RAGGED)) if f"{name}_ids" in parts else None
+            for name in ("tokens", "rejected")
+        )
+        assert tokens is not None
+        return cls(tokens, parts["rows"], parts["order"], rejected, parts.get("liked"))
 
     @property
     def row_numbers(self) -> np.ndarray:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from nbkit.config import IGNORE_INDEX, DataRecipe
 from nbkit.data.findings import REASONS, rows_text
-from nbkit.data.report import DataReport, prepare
+from nbkit.data.pipeline import prepare
+from nbkit.data.report import DataReport
 from nbkit.errors import DataError
 from tests.data.chats import tokenizer
 
@@ -55,10 +56,11 @@ def test_the_sentence() -> None:
     check(found, 160)
     share = 100 * found.trained_tokens / found.total_tokens
     tokens = f"{found.trained_tokens:,} of {found.total_tokens:,} tokens ({share:.1f} %)"
-    first, second = str(found).splitlines()
+    first, second, third = str(found).splitlines()
     assert repr(found) == str(found)
     assert first == f"160 rows in: 158 used, 2 refused (rows 7, 31: the reply is empty); trains on {tokens}"
     assert second.startswith("the list of rows is read as alpaca, because there are columns 'instruction', 'output'")
+    assert third == "offered: Leave out rows 7, 31 as not to be trained on (faulty='drop')."
     assert str(found.findings[0]) == "Row 7: the reply is empty (output) (refused)."
 
 
@@ -72,7 +74,9 @@ def test_rows_that_are_too_long_are_refused_or_dropped_and_never_cut() -> None:
     assert re.search(r"the row has [\d,]+ tokens, max_seq_length is 100; raise max_seq_length", finding.sentence)
     assert f"row 4: longer than max_seq_length 100; the longest has {found.longest:,} tokens" in str(found)
     found = report(rows(2), max_seq_length=100, held_out=many[2:])
-    assert str(found).endswith("held-out row 2: longer than max_seq_length 100 (refused)")
+    *_, told, offered = str(found).splitlines()
+    assert told == "held-out row 2: longer than max_seq_length 100 (refused)"
+    assert "Split held-out row 2 into conversations that fit (too_long='split')." in offered
     found = report(many, max_seq_length=100, too_long="drop")
     check(found, 5)
     assert (found.used, found.dropped, found.refused) == (4, 1, 0)
@@ -161,7 +165,7 @@ def test_rows_in_both_sets_are_said() -> None:
 
 
 def test_the_fingerprint_hangs_on_every_id_label_and_edge() -> None:
-    from nbkit.data.report import fingerprint
+    from nbkit.data.store import fingerprint
 
     base = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [4]}]
     seen = {

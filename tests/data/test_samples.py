@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nbkit.config import DataRecipe
-from nbkit.data.report import prepare
+from nbkit.data.pipeline import prepare
 from nbkit.data.samples import make_ships_log
 from nbkit.data.samples.ships_wording import HELD_OUT, TRAIN
 from nbkit.data.sources import SAMPLES, read
