@@ -23,7 +23,7 @@ from nbkit.config import (
 )
 from nbkit.errors import ConfigError, DataError, ExportError, ModelError, TrainingError
 from nbkit.evaluation import Answer, Evaluation
-from nbkit.workspace import default_workspace, keep_rows, new_run_dir
+from nbkit.workspace import cache_folder, default_workspace, keep_rows, new_run_dir
 
 if TYPE_CHECKING:
     from nbkit.chat.conversation import TextStream
@@ -208,18 +208,29 @@ class Session:
         return self.take_data(*self.read_data(source, recipe, held_out, seed))
 
     def read_data(
-        self, source: Rows, recipe: DataRecipe | None = None, held_out: Rows | int | float | None = None, seed: int = 3407
+        self,
+        source: Rows,
+        recipe: DataRecipe | None = None,
+        held_out: Rows | int | float | None = None,
+        seed: int = 3407,
+        progress: Callable[[str, int, int | None], None] | None = None,
     ) -> tuple[DataReport, DataConfig]:
-        """What `use_data` reads, without using it yet: panels read on another thread, and take what was read with `take_data`."""
+        """What `use_data` reads, without using it yet: panels read on another thread, and then `take_data`.
+
+        Args:
+            progress: told (what is done, rows done, rows in all or None); what it raises ends the reading.
+        """
         self._require_idle("change the data")
         self._require_model("map data")
-        from nbkit.data.report import prepare
+        from nbkit.data.pipeline import prepare
+        from nbkit.data.progress import told_to
 
         recipe = recipe or DataRecipe()
         assert self._model_config is not None
-        report = prepare(
-            source, self.tokenizer, recipe, max_seq_length=self._model_config.max_seq_length, held_out=held_out, seed=seed
-        )
+        with told_to(progress):
+            length = self._model_config.max_seq_length
+            where = cache_folder(self.workspace)
+            report = prepare(source, self.tokenizer, recipe, max_seq_length=length, held_out=held_out, seed=seed, cache=where)
         # Rows that came from memory are kept as a file, so that the RunConfig alone can run again.
         return report, DataConfig(
             source=keep_rows(source, self.workspace),
@@ -237,14 +248,7 @@ class Session:
         return report
 
     def inspect(self, row: int | None = None, batch: int = 0, train: TrainConfig | None = None) -> Inspection:
-        """A batch as training will see it, token by token, and the problems of the whole set; see `nbkit.inspect`.
-
-        Args:
-            row: the batch that holds the row of this number.
-            batch: or the batch at this place, from 0.
-            train: batch size, packing and seed; None is `TrainConfig()`.
-        Raises: DataError where there are no data, no such row or no such batch.
-        """
+        """A batch as training with `train` will see it, token by token, and the problems of the set; see `nbkit.inspect`."""
         from nbkit.inspection import inspect
 
         return inspect(self, row=row, batch=batch, train=train)

@@ -66,14 +66,19 @@ def _set_of(data: Any, train: TrainConfig, max_seq_length: int | None) -> Inspec
 def _of_report(report: Any, train: TrainConfig) -> InspectedSet:
     rows = [int(row) for row in report.row_numbers]
     tokenizer = getattr(report, "tokenizer", None) or report._renderer.tokenizer
+
+    def rebatch(train: TrainConfig) -> Batches:
+        return _batches(report.examples, train, tokenizer, report.max_seq_length)
+
     return InspectedSet(
         report.source,
         report.examples,
         rows,
         tokenizer,
-        _batches(report.examples, train, tokenizer, report.max_seq_length),
+        rebatch(train),
         max_length=report.max_seq_length,
         report=report,
+        rebatch=rebatch,
     )
 
 
@@ -184,14 +189,18 @@ def _of_pair(rows: Any, tokenizer: Any, train: TrainConfig, max_seq_length: int 
     if first is None and hasattr(rows, "__len__") and hasattr(rows, "__getitem__") and not isinstance(rows, str) and len(rows):
         first = rows[0]  # a datasets.Dataset
     if not (isinstance(first, Mapping) and "input_ids" in first):
-        from nbkit.data.report import prepare
+        from nbkit.data.pipeline import prepare
 
         return _of_report(prepare(rows, tokenizer, DataRecipe(), max_seq_length=max_seq_length or 2048), train)
     examples = Labelled(rows)
     longest = max(len(example["input_ids"]) for example in examples)
-    batches = _batches(examples, train, tokenizer, max(longest, max_seq_length or 0))
+    limit = max(longest, max_seq_length or 0)
+
+    def rebatch(train: TrainConfig) -> Batches:
+        return _batches(examples, train, tokenizer, limit)
+
     numbers = range(1, len(examples) + 1)
-    return InspectedSet("the examples", examples, numbers, tokenizer, batches, max_length=max_seq_length)
+    return InspectedSet("the examples", examples, numbers, tokenizer, rebatch(train), max_length=max_seq_length, rebatch=rebatch)
 
 
 class Labelled(Sequence[Mapping[str, Any]]):

@@ -7,12 +7,14 @@ rows, read from their ids and labels. Nothing is rendered anew for the view, so 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from nbkit.config import TrainConfig
 from nbkit.data import inspection_html, inspection_text
 from nbkit.data.checks import Counts, Problem, Progress, arrays_of, look_at_batch, look_through
 from nbkit.data.findings import Finding, grouped, rows_text
@@ -51,13 +53,27 @@ class InspectedSet:
         *,
         max_length: int | None = None,
         report: Any = None,
+        rebatch: Callable[[TrainConfig], Batches] | None = None,
     ) -> None:
         self.name, self.examples, self.rows, self.batches = name, examples, rows, batches
-        self.max_length, self.report = max_length, report
+        self.max_length, self.report, self._rebatch = max_length, report, rebatch
         self.reader = Reader(tokenizer)
         self._counts: Counts | None = None
 
+    def under(self, train: TrainConfig) -> InspectedSet:
+        """The same set in the batches of other settings; what was counted is kept. A trainer's own batches stay as they are."""
+        other = copy(self)
+        if self._rebatch is not None:
+            other.batches = self._rebatch(train)
+        return other
+
+    @property
+    def counted(self) -> bool:
+        """Whether all rows have been looked through already."""
+        return self._counts is not None
+
     def counts(self, progress: Progress | None = None) -> Counts:
+        """What a look through all rows finds; done once."""
         if self._counts is None:
             own = f"{getattr(self.reader.tokenizer, 'chat_template', '')} {_template_of(self.report)}"
             self._counts = look_through(
@@ -95,17 +111,20 @@ class Inspection:
         numbers = [[int(self.set.rows[example]) for example in row] for row in members]
         return lines(made, self.set.reader, numbers)
 
-    def show(self, *, batch: int | None = None, row: int | None = None, start: int = 0) -> Inspection:
-        """Another batch of the same set: by its place from 0, or the one that holds the row of this number.
+    def show(
+        self, *, batch: int | None = None, row: int | None = None, start: int = 0, train: TrainConfig | None = None
+    ) -> Inspection:
+        """Another batch of the same set: by its place from 0, or the one with the row of this number, also of other settings.
 
         Raises: DataError if there is none.
         """
-        index = self.index if batch is None else batch
+        of = self.set if train is None else self.set.under(train)
+        index = batch if batch is not None else self.index if train is None else 0
         if row is not None:
-            index = _batch_of(self.set, row)
-        if not 0 <= index < self.batches:
-            raise DataError(f"There is no batch {index}; the {self.batches:,} batches of an epoch are counted from 0.")
-        return Inspection(self.set, index, start)
+            index = _batch_of(of, row)
+        if not 0 <= index < of.batches.count:
+            raise DataError(f"There is no batch {index}; the {of.batches.count:,} batches of an epoch are counted from 0.")
+        return Inspection(of, index, start)
 
     def one_row(self, place: int) -> list[Line]:
         """The example at `place` (from 0) alone, without padding; a preference row gives two lines."""
