@@ -65,7 +65,7 @@ def _set_of(data: Any, train: TrainConfig, max_seq_length: int | None) -> Inspec
 
 def _of_report(report: Any, train: TrainConfig) -> InspectedSet:
     rows = [int(row) for row in report.row_numbers]
-    tokenizer = getattr(report, "tokenizer", None) or report._renderer.tokenizer
+    tokenizer = report.tokenizer
 
     def rebatch(train: TrainConfig) -> Batches:
         return _batches(report.examples, train, tokenizer, report.max_seq_length)

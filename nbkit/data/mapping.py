@@ -188,6 +188,10 @@ class Reread:
         self._rows: Iterator[Row] = iter(())
         self._last: Row | None = None
 
+    @property
+    def tokenizer(self) -> Any:
+        return self._mapping.renderer.tokenizer
+
     def outcome(self, number: int) -> Outcome:
         """What becomes of the row of this number. Raises: DataError if it is no longer there."""
         with self._lock:

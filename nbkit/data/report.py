@@ -67,6 +67,12 @@ class DataReport:
     reread: Reread | None = None
 
     @property
+    def tokenizer(self) -> Any:
+        """The tokenizer whose ids the examples hold."""
+        assert self.reread is not None
+        return self.reread.tokenizer
+
+    @property
     def trained_share(self) -> float:
         """Trained tokens as a share of all, 0 to 1."""
         return self.trained_tokens / self.total_tokens if self.total_tokens else 0.0
