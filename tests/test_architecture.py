@@ -23,7 +23,7 @@ ALLOWED = {
     "widgets": {"ipywidgets", "IPython", "traitlets"},
 }
 # replace and Panel.set check the names; a forward and a trainer's callback take what transformers passes.
-FREE_KEYWORDS = ("replace", "forward", "set", "on_pre_optimizer_step", "on_step_end")
+FREE_KEYWORDS = ("replace", "forward", "set", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end")
 HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "triton", "pandas", "pyarrow")
 
 

@@ -7,6 +7,7 @@ no `MARK` (any more) runs its class's own forward: so `unpatch` holds even where
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nbkit.config import IGNORE_INDEX
+from nbkit.errors import ModelError
 from nbkit.families import Family
 from nbkit.kernels.linear_cross_entropy import linear_cross_entropy
 from nbkit.kernels.rms_norm import rms_norm
@@ -27,6 +29,7 @@ from nbkit.models.graphs import Pack
 from nbkit.models.layer import binding_of
 from nbkit.models.layer.bind import LAST, causal_only
 from nbkit.models.layer.function import FinalNorm
+from nbkit.models.obstacles import longer_than_positions
 from nbkit.models.outputs import LossOutput
 
 MARK = "_nbkit_family"  # instance attribute: the family whose facts the bound forward reads
@@ -147,6 +150,7 @@ def _causal_lm(
     if family is None or labels is None or not all_logits or not own_loss or not as_dict:
         return type(self).forward(self, **inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
     kwargs.pop("return_dict", None)
+    _check_size(self, input_ids, position_ids)
     targets = kwargs.get("shift_labels")
     if targets is None:  # tokens before n predict n
         targets = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
@@ -186,6 +190,18 @@ def _maker(model: Any, family: Family, hidden: torch.Tensor, loss: torch.Tensor)
         return _logits(model, family, held[0])
 
     return make
+
+
+def _check_size(model: Any, ids: torch.Tensor | None, positions: torch.Tensor | None) -> None:
+    """Raises: ModelError for a batch without tokens; warns of rows longer than the model's positions, packs excepted."""
+    if ids is None:
+        return
+    if ids.numel() == 0:
+        raise ModelError(f"The batch is empty (input_ids of shape {tuple(ids.shape)}); give at least one row of one token.")
+    if positions is None:
+        sentence = longer_than_positions(ids.shape[-1], model.config)
+        if sentence is not None:
+            warnings.warn(sentence, stacklevel=3)
 
 
 def _recorded(

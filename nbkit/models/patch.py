@@ -11,16 +11,16 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from nbkit.errors import ModelError
-from nbkit.families import Family, all_families, find
-from nbkit.kernels._launch import MIN_CAPABILITY, runs_on
+from nbkit.families import Family, find
+from nbkit.kernels._launch import runs_on
 from nbkit.models.forwards import GRAPHS, MARK, bind, is_bound, plain_head, unbind
 from nbkit.models.graphs import Graphs
 from nbkit.models.layer import bind as bind_whole
 from nbkit.models.layer import binding_of
+from nbkit.models.obstacles import mixed_devices, stock_reason, weight_format
 
 TITLES = {
     "layer": "whole decoder layer, one node with a hand-written backward",
@@ -89,7 +89,7 @@ def patch(model: Any, *, graphs: bool = True) -> PatchReport:
     family = find(base.config.model_type)
     device = next(base.parameters()).device
     about = {"model": type(base).__name__, "family": family.name if family else None, "device": str(device)}
-    reason = _stock_reason(base, family, device)
+    reason = stock_reason(base, family, device)
     if family is None or reason is not None:
         return PatchReport(**about, runs="everything runs stock", skipped=(Skipped("", str(reason)),))
     found: list[Bound | Skipped] = []
@@ -97,7 +97,9 @@ def patch(model: Any, *, graphs: bool = True) -> PatchReport:
         found += bind_layer(layer, family, f"{family.decoder.layers}.{index}")
     found.append(_bind(base, family.decoder.final_norm, "rms_norm", family))
     found.append(_bind_head(base, family))
-    if device.type == "cuda":
+    several, form = mixed_devices(base, family), weight_format(base)
+    found += [Skipped(family.decoder.layers, why) for why in (several, form) if why is not None]
+    if device.type == "cuda" and several is None:
         found += _bind_whole_layers(base, family, graphs)
     return PatchReport(
         **about,
@@ -189,22 +191,6 @@ def base_model(model: Any) -> Any:
             "pass the model itself, before it is compiled or wrapped for several processes."
         )
     return base
-
-
-def _stock_reason(base: Any, family: Family | None, device: torch.device) -> str | None:
-    """Why nothing of this model can be bound; None if it can."""
-    if family is None:
-        names = ", ".join(one.name for one in all_families())
-        return f"model type {base.config.model_type!r} is no declared family ({names}), so it runs stock"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
-        have, need = (f"{major}.{minor}" for major, minor in (torch.cuda.get_device_capability(device), MIN_CAPABILITY))
-        return f"{torch.cuda.get_device_name(device)} has capability {have}, kernels need {need}, so it runs stock"
-    try:
-        base.get_submodule(family.decoder.layers)
-        base.get_submodule(family.decoder.final_norm)
-    except AttributeError:
-        return f"{type(base).__name__} has no decoder at {family.decoder.layers}, so it runs stock"
-    return None
 
 
 def _attention_reason(family: Family) -> str | None:

@@ -119,13 +119,14 @@ class Job:
         link = Link(self._config, self._folder, facts(self._config, self._data), self._emit, self._stop_requested)
         trainer = methods.build(link, self._model, self._tokenizer, self._data.examples)
         try:
-            set_checkpointing(self._model, bool(train.gradient_checkpointing))
-            if isinstance(train.gradient_checkpointing, str):
-                text = f"gradient_checkpointing={train.gradient_checkpointing!r} runs as transformers' own checkpointing."
-                self._emit(MessageEvent(step=self._first, text=text))
+            said = set_checkpointing(self._model, train.gradient_checkpointing)
+            if said:
+                self._emit(MessageEvent(step=self._first, text=said))
             trainer.train(resume_from_checkpoint=str(self._checkpoint.path) if self._checkpoint is not None else None)
             return trainer.state.global_step, trainer.last_loss
         finally:
+            if trainer.skipped:
+                self._emit(_overflowed(trainer))
             self._peak = trainer.peak_bytes
             trainer.close()
 
@@ -152,6 +153,12 @@ class Job:
             checkpoints.remove(staging)
             raise
         return str(target)
+
+
+def _overflowed(trainer: Any) -> MessageEvent:
+    done = trainer.state.global_step
+    text = f"float16: {trainer.skipped} of {done} steps overflowed and were skipped; their rows were not learned from."
+    return MessageEvent(step=done, level="warning", text=text)
 
 
 def facts(config: RunConfig, data: DataReport) -> dict[str, Any]:

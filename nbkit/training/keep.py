@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from nbkit.errors import TrainingError
+from nbkit.models.layer import binding_of
 
-_BOUND = ("forward", "_original_forward", "_is_accelerate_prepared")  # instance attributes those libraries set
+# Instance attributes that those libraries and nbkit's trainer set.
+_BOUND = ("forward", "_original_forward", "_is_accelerate_prepared", "zero_grad")
 _MISSING = object()
 
 
@@ -53,7 +55,29 @@ class ModelState:
                 vars(module)[name] = value
 
 
-def set_checkpointing(model: Any, on: bool) -> None:
+def set_checkpointing(model: Any, asked: bool | str) -> str:
+    """Checkpointing as a TrainConfig asks for it: False, True, "nbkit" or "unsloth". Returns a sentence for the log, or "".
+
+    Layers on the fused path take it as a wish to their planner, which chooses what they keep; the others, and all layers of
+    a model that is not patched or on a CPU, take transformers' own checkpointing, which repeats each layer whole.
+    """
+    binding = binding_of(model)
+    _stock_checkpointing(model, bool(asked))
+    if binding is None or not binding.bound:
+        return f"gradient_checkpointing={asked!r} runs as transformers' own checkpointing." if isinstance(asked, str) else ""
+    binding.checkpoint = asked or None
+    if asked:
+        model.train()  # what fits depends on it: dropout is off in eval mode
+        binding.refresh()
+    fused = [one.parts for one in binding.bound if one.parts.index not in binding.reasons]
+    for parts in fused:
+        parts.layer.gradient_checkpointing = False
+    if not asked or len(fused) == len(binding.bound) and not binding.reasons:
+        return ""
+    return f"{len(binding.reasons)} layers that are not fused take transformers' own checkpointing."
+
+
+def _stock_checkpointing(model: Any, on: bool) -> None:
     """transformers' own activation checkpointing, without reentrant autograd, on or off."""
     options = {"use_reentrant": False}
     renamed = hasattr(model, "activation_checkpointing_enable")  # in transformers 5.23; the old name warns there

@@ -159,7 +159,7 @@ def _arguments(train: TrainConfig, folder: Path, model: Any, compute: Any, steps
         "gradient_checkpointing": False,
         "save_strategy": "no",  # TrainerMixin decides
         "eval_strategy": "no",
-        "logging_steps": 1,
+        "logging_strategy": "no",  # TrainerMixin tells each step itself, with a single wait for the device
         "logging_nan_inf_filter": False,  # it would hide a loss that is not finite
         "report_to": "none",
         "disable_tqdm": True,

@@ -20,14 +20,20 @@ import torch
 from transformers import TrainerCallback
 
 from nbkit.config import RunConfig
+from nbkit.data.collate import Collator
 from nbkit.errors import TrainingError
 from nbkit.events import CheckpointEvent, Event, MemoryEvent, MessageEvent, StepEvent
+from nbkit.families import find
 from nbkit.hardware.meter import Meter
+from nbkit.models import overflow, running
 from nbkit.training import checkpoints, loader
 from nbkit.training.keep import ModelState, require_finite
+from nbkit.training.watch import Guard, Liveness, Norms
 
 # Progress is told by events alone; these would print a second table.
 _PRINTERS = {"NotebookProgressCallback", "ProgressCallback", "PrinterCallback"}
+METER_SECONDS = 0.25  # between two readings of memory: on a GPU one takes half a millisecond
+GRAPHS_AFTER = 6  # steps: by then it is clear whether they are recorded
 SKIPS_ALLOWED = 4  # fp16 steps in a row that the loss scaler may skip while it looks for a scale
 
 
@@ -47,6 +53,8 @@ def token_mean_loss(
 ) -> Any:
     """`compute_loss` of next-token methods: the model's own loss, summed over labels and divided by the trained
     tokens of the whole step (`num_items_in_batch`). TRL's own adds metrics that need logits or a second head."""
+    if self.right_padded:  # nothing that bears a label sees the padding, and without a mask nobody waits to look at it
+        inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
     outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False)
     return (outputs.loss, outputs) if return_outputs else outputs.loss
 
@@ -71,7 +79,8 @@ class TrainerMixin:
         self.train_dataset = examples
         # Trainer.train would rewrite the model's special tokens to the tokenizer's, and save the tokenizer with each checkpoint.
         self.processing_class = None
-        if type(self).compute_loss is token_mean_loss:
+        self.loss_is_whole = type(self).compute_loss is token_mean_loss
+        if self.loss_is_whole:
             # The loss is divided by the tokens of the whole step: nothing is left to scale. The three spellings are
             # those of transformers 5.15 to 5.18, of 5.19 on, and of TRL's workaround between them.
             self.model_accepts_loss_kwargs = True
@@ -80,20 +89,35 @@ class TrainerMixin:
         for callback in [c for c in self.callback_handler.callbacks if type(c).__name__ in _PRINTERS]:
             self.remove_callback(callback)
         self.add_callback(_Boundaries(self))
-        self._watch = _Liveness(self.model)
-        self._meter = Meter()
+        # Rows padded on the right by a decoder that looks back alone: that is what every declared family is.
+        self.right_padded = isinstance(self.data_collator, Collator) and find(self.model.config.model_type) is not None
+        self._begin()
+
+    def _begin(self) -> None:
+        """What a run starts with."""
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self._norms, self._watch, self._meter = Norms(named), Liveness(self.model), Meter()
+        self._guard: Guard | None = None
+        self._entered = False
         self._micro_losses: list[torch.Tensor] = []
+        self._last_inputs: dict[str, Any] = {}
+        self._figures: torch.Tensor | None = None  # (loss, gradient norm) on the device, until they are read
         self._tokens = (0, 0)
-        self._norm: torch.Tensor | float | None = None
-        self._skips = 0
-        self._boundary = time.perf_counter()
+        self._rate, self._told = 0.0, 0
+        self._skips_in_a_row = 0
+        self._boundary = self._read_at = time.perf_counter()
         self.last_loss: float | None = None
+        self.last_norm: float | None = None
+        self.skipped = 0  # float16 steps that overflowed
         self.peak_bytes = 0
 
     def close(self) -> None:
         """Puts the model back as it was, adapters apart, and lets go of optimizer and gradients."""
-        self.model.zero_grad(set_to_none=True)
+        self.model.zero_grad()
         self._kept.restore()
+        if self._guard is not None:
+            self._guard.release()
+        self._last_inputs = {}
         if self.optimizer is not None:
             self.optimizer.state.clear()  # accelerate keeps the optimizer itself until the trainer is collected
 
@@ -115,16 +139,50 @@ class TrainerMixin:
             return super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
         trained, total = (sum(count[kind] for count in counts) for kind in (0, 1))
         self._tokens = (trained, total)
-        return torch.tensor(max(trained, 1), device=device)
+        return max(trained, 1)  # a number, not a tensor: a copy to the device would wait for it
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        self._micro_losses.append(loss)
-        return loss
+        """Forward and backward of a micro-batch. transformers' own walks all modules each time, which a LoRA model has
+        thousands of; here that is done once, and nothing waits for the device."""
+        if not self._entered:
+            self._enter(model)
+        if not self.loss_is_whole:  # TRL's own way, which may make its batches here
+            loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        else:
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            if self.accelerator.scaler is None:
+                loss.backward()
+            else:
+                self.accelerator.backward(loss)
+                self._last_inputs = inputs
+        self._micro_losses.append(loss.detach())
+        return self._micro_losses[-1]
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        self._norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
-        return self._norm
+    def _enter(self, model: Any) -> None:
+        """Before the first micro-batch."""
+        model.train()
+        vars(self.model)["zero_grad"] = self._clear_gradients  # ModelState takes it off again
+        self._guard = Guard(self.optimizer) if self.accelerator.scaler is None else None
+        self._entered = True
+
+    def _clear_gradients(self, set_to_none: bool = True) -> None:
+        for _, p in self._norms.named:
+            p.grad = None
+
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        return self._measure(self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> torch.Tensor:
+        return self._measure(None) if grad_norm is None else grad_norm
+
+    def _measure(self, max_norm: float | None) -> torch.Tensor:
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients()
+        norm = self._norms.measure(max_norm)
+        loss = torch.stack(self._micro_losses).sum().float()
+        self._figures = torch.stack([loss, norm.to(loss.device)])
+        return norm
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: it walks all modules at every micro-step and nothing reads it."""
@@ -134,25 +192,89 @@ class TrainerMixin:
         """TRL reports its use to its makers; nbkit sends nothing."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """One StepEvent and one MemoryEvent a step; the summary that transformers logs at the end is not one."""
-        if "loss" not in logs:
+        """Nothing: what transformers and TRL would print at the end is said by events."""
+
+    # -- before and after an optimizer step --------------------------------------------------------
+
+    def before_step(self) -> None:
+        """Between backward and optimizer step. Where the optimizer skips a step that is not finite by itself, the figures
+        are read after it; while tensors are still watched for their first gradient, and elsewhere, before it.
+
+        Raises: TrainingError for a loss or gradient that is not finite, or an adapter tensor that gets no gradient.
+        """
+        self._rate = self._get_learning_rate()
+        assert self._figures is not None
+        if self._guard is None or not self._watch.done or not self._guard.arm(self._figures):
+            self._read()
+
+    def after_step(self) -> None:
+        """Right after the optimizer's step, with the gradients still there. Raises: as `before_step`."""
+        if self._figures is not None:
+            self._read()
+
+    def _read(self) -> None:
+        """The one place of a step where the device is waited for."""
+        assert self._figures is not None
+        self.last_loss, self.last_norm = self._figures.tolist()
+        self._figures = None
+        self._micro_losses.clear()
+        step = self.state.global_step + 1
+        if math.isfinite(self.last_loss) and math.isfinite(self.last_norm):
+            self._skips_in_a_row = 0
+            self._watch.look(step, self._rate)
             return
-        now = time.perf_counter()
-        step, (trained, total) = self.state.global_step, self._tokens
-        norm = None if self._norm is None else float(self._norm)
+        self._skips_in_a_row += 1
+        self.skipped += 1
+        bad_loss = not math.isfinite(self.last_loss)
+        what = (f"the loss is {self.last_loss}" if bad_loss else f"the gradient norm is {self.last_norm}") + self._where(bad_loss)
+        if self.accelerator.scaler is None:
+            raise TrainingError(
+                f"Step {step}: {what}; the weights are as after step {step - 1}. Try a learning rate below "
+                f"{self.args.learning_rate:g} or max_grad_norm=1.0, and look at the rows of this step."
+            )
+        if self._skips_in_a_row > SKIPS_ALLOWED:
+            raise TrainingError(
+                f"Step {step}: {what} in float16, {self._skips_in_a_row} steps in a row; the weights are as before them. "
+                'This model does not fit float16: load it with dtype="float32", or on a GPU of capability 8.0 with "bfloat16".'
+            )
+        text = f"float16: step {step} was skipped, {what}; the loss scale is halved."
+        self.link.emit(MessageEvent(step=step, level="warning", text=text))
+
+    def _where(self, bad_loss: bool) -> str:
+        """ ", first in model.layers.7.mlp.down_proj", if that can be told."""
+        place = None
+        if bad_loss and self._last_inputs:
+            with self.compute_loss_context_manager():
+                place = overflow.first_bad_output(self.model, {k: v for k, v in self._last_inputs.items() if k != "labels"})
+        if place is None and not bad_loss and self._norms.each is not None:
+            place = overflow.highest_bad_gradient(self._norms.names, self._norms.each)
+        return "" if place is None else f", first in {place}"
+
+    def tell(self, last: bool) -> None:
+        """The events of a step: its figures, memory where the last reading is some time ago, and what the engine chose."""
+        now, step = time.perf_counter(), self.state.global_step
+        self._told += 1
+        if self._told == 1:
+            self._tell_choices(step)
+        if self._told == GRAPHS_AFTER or (last and self._told < GRAPHS_AFTER):
+            said = running.recorded(self.model)
+            if said:
+                self.link.emit(MessageEvent(step=step, text=said))
         self.link.emit(
             StepEvent(
                 step=step,
                 loss=self.last_loss if self.last_loss is not None else math.nan,
-                learning_rate=logs["learning_rate"],
-                grad_norm=norm,
-                trained_tokens=trained,
-                total_tokens=total,
+                learning_rate=self._rate,
+                grad_norm=self.last_norm,
+                trained_tokens=self._tokens[0],
+                total_tokens=self._tokens[1],
                 seconds=now - self._boundary,
             )
         )
         self._boundary = now
-        reading = self._meter.read()
+        if not last and self.peak_bytes and now - self._read_at < METER_SECONDS:
+            return
+        self._read_at, reading = now, self._meter.read()
         self.peak_bytes = max(self.peak_bytes, reading.peak_bytes)
         self.link.emit(
             MemoryEvent(
@@ -164,37 +286,12 @@ class TrainerMixin:
             )
         )
 
-    # -- before and after an optimizer step --------------------------------------------------------
-
-    def check_step(self) -> None:
-        """Runs between backward and optimizer step, so that a fault leaves the weights as they were.
-
-        Raises: TrainingError for a loss or gradient that is not finite, or an adapter tensor that gets no gradient.
-        """
-        self.last_loss = float(torch.stack(self._micro_losses).sum())
-        self._micro_losses.clear()
-        finite = math.isfinite(self.last_loss) and (self._norm is None or math.isfinite(self._norm))
-        scaler = getattr(self.accelerator, "scaler", None)
-        step = self.state.global_step + 1
-        if finite:
-            self._skips = 0
-            self._watch.look(step, self._get_learning_rate())
-            return
-        self._skips += 1
-        bad_loss = not math.isfinite(self.last_loss)
-        what = f"the loss is {self.last_loss}" if bad_loss else f"the gradient norm is {float(self._norm or 0)}"
-        if scaler is None:
-            raise TrainingError(
-                f"Step {step}: {what}; the weights are as after step {step - 1}. Try a learning rate below "
-                f"{self.args.learning_rate:g} or max_grad_norm=1.0, and look at the rows of this step."
-            )
-        if self._skips > SKIPS_ALLOWED:
-            raise TrainingError(
-                f"Step {step}: {what} in float16, {self._skips} steps in a row; the weights are as before them. "
-                'This model does not fit float16: load it with dtype="float32", or on a GPU of capability 8.0 with "bfloat16".'
-            )
-        text = f"float16: step {step} was skipped, {what}; the loss scale is halved."
-        self.link.emit(MessageEvent(step=step, level="warning", text=text))
+    def _tell_choices(self, step: int) -> None:
+        """After the first step: the plan, and every reason for which something runs stock."""
+        for text in running.choices(self.model):
+            self.link.emit(MessageEvent(step=step, text=text))
+        for reason in running.stock_reasons(self.model):
+            self.link.emit(MessageEvent(step=step, level="warning", text=f"Slower than it could be: {reason}."))
 
     def wants_save(self, stopping: bool) -> bool:
         step, every = self.state.global_step, self.link.config.train.save_steps
@@ -227,34 +324,6 @@ class TrainerMixin:
         return weights + moments + 2_000_000  # manifest, random states, headers
 
 
-class _Liveness:
-    """Every trainable LoRA tensor must have had a gradient that is not zero once lora_B has moved.
-
-    lora_B starts at zero, so lora_A's gradient is exactly zero until the first step that changes lora_B.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._waiting = {n: p for n, p in model.named_parameters() if p.requires_grad and "lora_" in n}
-        self._moved = False
-
-    def look(self, step: int, learning_rate: float) -> None:
-        if not self._waiting:
-            return
-        present = {n: p.grad for n, p in self._waiting.items() if p.grad is not None}
-        if present:
-            norms = torch.stack([n.float().cpu() for n in torch._foreach_norm(list(present.values()), ord=math.inf)])
-            for name in [n for n, alive in zip(present, (norms > 0).tolist(), strict=True) if alive]:
-                del self._waiting[name]
-        if self._moved and self._waiting:
-            names = sorted({n.split(".lora_")[0].removeprefix("base_model.model.") for n in self._waiting})
-            raise TrainingError(
-                f"Step {step}: {len(self._waiting)} adapter tensors get no gradient, in {', '.join(names[:4])}"
-                f"{f' and {len(names) - 4} more' if len(names) > 4 else ''}; nothing would be learned there. "
-                "Leave these modules out of the LoRA targets, or run nbkit.unpatch(model) and report it."
-            )
-        self._moved = self._moved or learning_rate > 0
-
-
 class _Boundaries(TrainerCallback):
     """Serves what waits for a step boundary: checks before the weights change, saves and stops after."""
 
@@ -262,10 +331,14 @@ class _Boundaries(TrainerCallback):
         self._trainer = trainer
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.check_step()
+        self._trainer.before_step()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.after_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         stopping = self._trainer.link.stop_requested()
+        self._trainer.tell(last=stopping or state.global_step >= state.max_steps)
         control.should_training_stop = control.should_training_stop or stopping
         control.should_save = self._trainer.wants_save(stopping)
         return control

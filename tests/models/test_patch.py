@@ -14,8 +14,7 @@ from torch import nn
 
 from nbkit.errors import ModelError
 from nbkit.families import find
-from nbkit.models import forwards
-from nbkit.models import patch as room
+from nbkit.models import forwards, obstacles
 from nbkit.models.forwards import MARK
 from nbkit.models.patch import patch, unpatch
 from tests.closeness import assert_all_like_stock, assert_close, assert_like_stock
@@ -261,8 +260,8 @@ def test_what_is_no_model_is_refused() -> None:
 def test_a_gpu_below_capability_seven_runs_stock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (6, 1))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla P40")
-    reason = room._stock_reason(tiny_model(), find("llama"), torch.device("cuda", 0))
-    assert reason == "Tesla P40 has capability 6.1, kernels need 7.0, so it runs stock"
+    reason = obstacles.stock_reason(tiny_model(), find("llama"), torch.device("cuda", 0))
+    assert reason == "Tesla P40 has capability 6.1, kernels need 7.0, so it runs stock, and slowly"
 
 
 def test_forwards_of_others_are_respected() -> None:

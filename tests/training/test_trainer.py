@@ -96,7 +96,8 @@ def test_step_events_count_tokens_and_show_the_schedule(tmp_path: Any) -> None:
     assert [event.learning_rate for event in steps] == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
     assert all(event.seconds > 0 and event.grad_norm is not None and event.grad_norm > 0 for event in steps)
     memory = [event for event in run.events if isinstance(event, MemoryEvent)]
-    assert len(memory) == 4 and all(event.peak_bytes >= event.used_bytes > 1e7 for event in memory)
+    assert {1, 4} <= {event.step for event in memory}  # the first and the last, and between them by the clock
+    assert all(event.peak_bytes >= event.used_bytes > 1e7 for event in memory)
 
 
 def test_the_first_loss_is_that_of_stock_transformers(tmp_path: Any) -> None:
