@@ -110,7 +110,7 @@ def test_rope_positions_and_tables_that_do_not_fit_are_refused() -> None:
         rp.rope_rotate_(x, table[:4], table[:4])
     with pytest.raises(ValueError, match="positions of x"):
         rp.rope_rotate_(x, table, table, positions=torch.zeros(3, dtype=torch.int64, device=DEVICE))
-    with pytest.raises(ValueError, match="even K"):
+    with pytest.raises(ValueError, match="even number"):
         rp.rope_rotate_(torch.randn(2, 5, 16, 3, device=DEVICE).transpose(2, 3), table, table)
 
 
