@@ -3,6 +3,8 @@
 A graph is recorded for a shape that comes again and again, and replayed with new tokens: one launch in place of a thousand.
 To autograd it is one node: its forward replays the graph, which leaves the loss and the gradients for an upstream gradient of 1;
 its backward multiplies them by the upstream gradient. So accumulation, hooks, clipping and any optimizer work as before.
+In float16 the loss scale has to be inside, where gradients would vanish: each replay takes the upstream gradient of the step
+before as its scale, so a scaler that halves its scale after an overflow is followed one step later.
 
 What a graph holds fixed (adapters, storage of parameters, shapes, that all layers are fused) is compared before every replay;
 where it differs the step runs eagerly, and a graph is recorded anew when the new state has come twice.
@@ -30,6 +32,7 @@ from nbkit.models.layer.bind import autocast_differs
 
 EAGER_FIRST = 2  # eager steps of a shape before it is recorded: kernels compile and cuDNN makes its plan in them
 RECENT = 12  # and they lie within this many steps: batches of ever new lengths are not worth a recording each
+FIRST_SCALE = 2.0**16  # of the loss in float16, until the first backward tells; torch's own scaler begins there too
 MOST = 8  # graphs at a time: each holds its gradients and the activations of a step
 # Weights times tokens up to which a graph pays: 8B gains 70 % at 512 tokens and nothing at 4,096; the 1B gains 130 % at 1,024.
 LAUNCH_BOUND = 2.0e13
@@ -72,8 +75,9 @@ class Pack:
 class Pending:
     """The gradients of one replay until its backward: the graph's own memory, copied only if the graph is replayed before."""
 
-    def __init__(self, flat: Tensor) -> None:
+    def __init__(self, flat: Tensor, scale: Tensor | None) -> None:
         self.flat: Tensor | None = flat
+        self.scale = scale  # by which they are too large; None: 1
         self.used = False
 
 
@@ -86,10 +90,13 @@ class Recorded:
     targets: Tensor
     pack: Pack | None
     items: Tensor
+    scale: Tensor  # of the loss inside the graph
     loss: Tensor
     hidden: Tensor
     flat: Tensor
     params: list[Tensor]
+    follows: bool = False  # float16: `scale` follows the upstream gradient
+    upstream: Tensor | None = None  # of the last backward
     pending: Any = None  # weak reference to the last replay's Pending
     last_used: int = 0
 
@@ -102,8 +109,10 @@ class Recorded:
         if self.pack is not None and pack is not None:
             self.pack.fill(pack)
         self.items.fill_(-1.0 if items is None else items)
+        if self.upstream is not None:
+            self.scale.copy_(self.upstream)
         self.graph.replay()
-        pending = Pending(self.flat)
+        pending = Pending(self.flat, self.scale.clone() if self.follows else None)
         self.pending = weakref.ref(pending)
         return pending
 
@@ -163,7 +172,7 @@ class Graphs:
         inside = f"{self.family.decoder.layers}."
         self.outside = [p for name, p in self.model.named_parameters() if not name.startswith(inside)]
         trained = sum(1 for p in self.model.parameters() if p.requires_grad)
-        self.only_lora = trained == sum(len(b.params) for b in bound)
+        self.only_lora = trained == sum(2 * len(g.terms) for b in bound for g in b.parts.groups)
         self.weights = sum(g.inputs * g.outputs for b in bound for g in b.parts.groups)
 
     def fits(self, ids: Tensor) -> bool:
@@ -174,7 +183,6 @@ class Graphs:
             "graphs are switched off": not self.on,
             "not every layer takes the fused path": parts is None or bool(binding.reasons),
             "the tokens are not on the GPU": not ids.is_cuda,
-            "float16 needs the loss scale inside the step": parts is not None and parts.dtype == torch.float16,
             "layer inputs are kept in host RAM": binding.chosen.offload,
             "autocast asks for another dtype": parts is not None and autocast_differs("cuda", parts.dtype),
             "more is trained than LoRA": not self.only_lora or any(p.requires_grad for p in self.outside),
@@ -207,6 +215,8 @@ class Graphs:
         ids = torch.zeros(*shape, dtype=torch.int64, device=device)
         targets = torch.zeros(*shape, dtype=torch.int64, device=device)
         items = torch.full((), -1.0, device=device)
+        half = self.binding.bound[0].parts.dtype == torch.float16
+        scale = torch.full((), FIRST_SCALE if half else 1.0, device=device)
         pack = pack.like() if pack is not None else None
         params = [p for b in self.binding.bound for p in b.params]
         # Leaves of their own on the same memory: autograd ties the real ones to the stream of steps that are still alive.
@@ -226,9 +236,9 @@ class Graphs:
                 input_ids=ids, use_cache=False, **(pack.inputs() if pack else {})
             ).last_hidden_state
             loss = self.loss(hidden, targets, items)
-            grads = torch.autograd.grad(loss, leaves)
+            grads = torch.autograd.grad(loss * scale, leaves)
             torch.cat([g.reshape(-1) for g in grads], out=flat)
-        return Recorded(graph, ids, targets, pack, items, loss.detach(), hidden.detach(), flat, params)
+        return Recorded(graph, ids, targets, pack, items, scale, loss.detach(), hidden.detach(), flat, params, half)
 
     def loss(self, hidden: Tensor, targets: Tensor, items: Tensor) -> Tensor:
         """Sum over the labelled rows by `items`, or by their number where that is negative; nothing here waits for the device."""
@@ -249,6 +259,7 @@ class Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, one: Recorded, ids: Tensor, targets: Tensor, items: Any, pack: Any, *params: Tensor) -> Tensor:
+        ctx.one = one
         ctx.pending, ctx.params = one.replay(ids, targets, items, pack), [(p.shape, p.numel()) for p in params]
         return one.loss.clone()
 
@@ -259,7 +270,11 @@ class Replay(torch.autograd.Function):
             raise RuntimeError(
                 "The gradients of this step are gone: another step ran since its first backward; run it forward again."
             )
-        scaled = ctx.pending.flat * g
+        if ctx.pending.scale is not None:
+            ctx.one.upstream = g.detach().clone()
+            scaled = ctx.pending.flat * (g / ctx.pending.scale)
+        else:
+            scaled = ctx.pending.flat * g
         ctx.pending.used = True
         parts = scaled.split([n for _, n in ctx.params])
         return (None, None, None, None, None, *(part.view(shape) for part, (shape, _) in zip(parts, ctx.params, strict=True)))

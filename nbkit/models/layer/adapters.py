@@ -46,11 +46,11 @@ class Watch:
     def __init__(self, parent: nn.Module, names: Sequence[str]) -> None:
         self.places: list[tuple[dict[str, Any], str, Any]] = []
         self.merged: list[tuple[list[str], bool]] = []
-        self.frozen: list[Tensor] = []
+        self.trained: list[tuple[Tensor, bool]] = []
         for name in names:
             module = parent._modules[name]
             self._see(parent._modules, name)
-            self.frozen += base_of(module).parameters()
+            self.trained += [(p, p.requires_grad) for p in base_of(module).parameters()]
             state = vars(module)
             if "scaling" not in state:
                 continue
@@ -72,7 +72,9 @@ class Watch:
         for held, key, value in self.places:
             if held.get(key) is not value:
                 return False
-        return all(bool(names) is there for names, there in self.merged) and not any(p.requires_grad for p in self.frozen)
+        return all(bool(names) is there for names, there in self.merged) and all(
+            p.requires_grad is was for p, was in self.trained
+        )
 
 
 def terms(module: nn.Module, start: int, stop: int, offset: int, name: str) -> list[Term]:

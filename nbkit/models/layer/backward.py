@@ -1,4 +1,5 @@
 """The backward of one decoder layer by hand, straight down; no autograd in it. Frozen weights: dX only. LoRA: dA and dB.
+Weights, biases and norms that are trained themselves: dW = dy^T x, db = sum of dy, and the norm's own.
 
 With W' = W + scale B A, y = x W'^T:    dx = dy W + (dy scale B) A       dA = (dy scale B)^T x       dB = scale dy^T (x A^T)
 Written with the border (weights.py):   [dy | dy scale B] [W ; A] is dx, and the border columns of dy give dA.
@@ -24,36 +25,68 @@ aten = torch.ops.aten
 
 
 class Gradients:
-    """dA and dB of one group, summed over tiles in float32 (in the parameter's dtype where there is one tile)."""
+    """What one group trains, summed over tiles in float32 (in the parameter's dtype where there is one tile)."""
 
     def __init__(self, group: Group, tiles: int) -> None:
-        self.group, self.first = group, True
+        self.group, self.first, self.tiles = group, True, tiles
         self.da: Tensor | None = None
         self.db: list[Tensor] = []
+        self.own = [(self._empty(o.weight), self._empty(o.bias)) for o in group.own]
         if not group.terms:
             return
-        dtype = group.terms[0].a.dtype
-        self.dtype = dtype if tiles == 1 else torch.promote_types(dtype, torch.float32)
-        device = group.terms[0].a.device
-        self.da = torch.empty(group.rank, group.inputs, dtype=self.dtype, device=device)
-        self.db = [torch.empty(t.stop - t.start, t.rank, dtype=self.dtype, device=device) for t in group.terms]
+        a = group.terms[0].a
+        self.da = self._empty(a, group.rank, group.inputs)
+        self.db = [self._empty(a, t.stop - t.start, t.rank) for t in group.terms]
+
+    def _empty(self, like: Tensor | None, *shape: int) -> Tensor | None:
+        if like is None:
+            return None
+        dtype = like.dtype if self.tiles == 1 else torch.promote_types(like.dtype, torch.float32)
+        return torch.empty(shape or like.shape, dtype=dtype, device=like.device)
 
     def add(self, dy: Tensor, x: Tensor, xa: Tensor) -> None:
         """dy (n, O + R) with its border filled, x (n, I), xa (n, R) = x A^T."""
-        if self.da is None:
-            return
         o = self.group.outputs
-        accumulate(self.da, dy[:, o : o + self.group.rank].t(), x, 1.0, self.first)
-        for out, t in zip(self.db, self.group.terms, strict=True):
-            accumulate(out, dy[:, t.start : t.stop].t(), xa[:, t.offset : t.offset + t.rank], t.scale, self.first)
+        if self.da is not None:
+            accumulate(self.da, dy[:, o : o + self.group.rank].t(), x, 1.0, self.first)
+            for out, t in zip(self.db, self.group.terms, strict=True):
+                accumulate(out, dy[:, t.start : t.stop].t(), xa[:, t.offset : t.offset + t.rank], t.scale, self.first)
+        for (dw, db), own in zip(self.own, self.group.own, strict=True):
+            part = dy[:, own.start : own.stop]
+            if dw is not None:
+                accumulate(dw, part.t(), x, 1.0, self.first)
+            if db is not None:
+                total = part.sum(0, dtype=ops.wide(db.dtype))
+                db.copy_(total) if self.first else db.add_(total)
         self.first = False
 
     def out(self) -> list[Tensor]:
-        """(dA, dB) of each term, in the order of `Parts.parameters`."""
+        """(dA, dB) of each term, then dW and db of the linears, in the order of `Group.parameters`."""
         found = []
         for db, t in zip(self.db, self.group.terms, strict=True):
             found += [self.da[t.offset : t.offset + t.rank].to(t.a.dtype), db.to(t.b.dtype)]
+        for sums, own in zip(self.own, self.group.own, strict=True):
+            found += [s.to(p.dtype) for s, p in zip(sums, (own.weight, own.bias), strict=True) if p is not None]
         return found
+
+
+class NormGradients:
+    """dweight of the layer's norms that are trained, summed over tiles in float32."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.sums: list[Tensor | None] = [None, None]
+
+    def back(self, which: int, dy: Tensor, x: Tensor, rstd: Tensor, add_to: Tensor, out: Tensor | None = None) -> None:
+        """add_to + dx of norm `which` into `out` (or add_to), and its dweight into the sum."""
+        p = self.parts
+        trained = p.norms_trained[which]
+        _, dw = ops.rms_norm_backward(dy, x, p.norms[which].weight, rstd, add_to=add_to, out=out, weight_grad=trained)
+        if trained:
+            self.sums[which] = dw if self.sums[which] is None else self.sums[which].add_(dw)
+
+    def out(self) -> list[Tensor]:
+        return [s.to(n.weight.dtype) for s, n in zip(self.sums, self.parts.norms, strict=True) if s is not None]
 
 
 def accumulate(out: Tensor, a: Tensor, b: Tensor, alpha: float, first: bool) -> None:
@@ -90,6 +123,8 @@ def run(
     p, n, lean = call.parts, call.rows, call.keep.in_place
     tiles = call.keep.tiles(n)
     sums = {group.name: Gradients(group, len(tiles)) for group in p.groups}
+    norms = NormGradients(p)
+    need_dx = need_dx or p.norms_trained[0]
     early = call.parcel is not None and n * p.d * x.element_size() <= EARLY
     if early:
         call.parcel.start_previous()
@@ -100,7 +135,7 @@ def run(
         out, state = attend(call, qkv, mask)
     g_mid = g if lean else torch.empty_like(g)
     for t in tiles:
-        _mlp_and_o(p, t, g[t], g_mid[t], x, out, kept, sums)
+        _mlp_and_o(p, t, g[t], g_mid[t], x, out, kept, sums, norms)
     attention_backward = _attention_by_heads if lean else _attention
     dqkv = attention_backward(call, g_mid, qkv, out, cos, sin, mask, state)
     del qkv, out, state
@@ -115,14 +150,22 @@ def run(
         sums["qkv"].add(dqkv[t], h, xa_qkv[t])
         if need_dx:
             dh = input_gradient(dqkv[t], p.qkv, w_qkv, out=h)  # h has been read: its memory takes dh
-            ops.rms_norm_backward(dh, x[t], p.norms[0].weight, kept.rstd1[t], add_to=g_mid[t, : p.d])
-    return (g_mid if need_dx else None), [d for group in p.groups for d in sums[group.name].out()]
+            norms.back(0, dh, x[t], kept.rstd1[t], g_mid[t, : p.d])
+    return (g_mid if need_dx else None), [d for group in p.groups for d in sums[group.name].out()] + norms.out()
 
 
 def _mlp_and_o(
-    p: Parts, t: slice, g: Tensor, g_mid: Tensor, x: Tensor, out: Tensor, kept: Kept, sums: dict[str, Gradients]
+    p: Parts,
+    t: slice,
+    g: Tensor,
+    g_mid: Tensor,
+    x: Tensor,
+    out: Tensor,
+    kept: Kept,
+    sums: dict[str, Gradients],
+    norms: NormGradients,
 ) -> None:
-    """One tile of rows: back through the MLP and its norm into g_mid, the gradient of x_mid; LoRA of down, gate/up, o."""
+    """One tile of rows: back through the MLP and its norm into g_mid, the gradient of x_mid; what down, gate/up and o train."""
     n = t.stop - t.start
     if kept.mid is None:
         mid, xa_o = empty(x, n, p.d), empty(x, n, p.o.rank)
@@ -149,7 +192,7 @@ def _mlp_and_o(
     fill_border(dgu, p.gate_up, w_gate_up)
     sums["gate_up"].add(dgu, h[:, : p.d], xa)
     d_norm = input_gradient(dgu, p.gate_up, w_gate_up)
-    ops.rms_norm_backward(d_norm, mid, p.norms[1].weight, kept.rstd2[t], add_to=g[:, : p.d], out=g_mid[:, : p.d])
+    norms.back(1, d_norm, mid, kept.rstd2[t], g[:, : p.d], g_mid[:, : p.d])
     dy = fill_border(g_mid, p.o, p.o.weight())
     sums["o"].add(dy, out[t], xa_o)
 

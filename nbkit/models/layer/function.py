@@ -49,7 +49,7 @@ class GradientRows:
 
 
 class LayerFunction(torch.autograd.Function):
-    """y = layer(x). `params` are the LoRA parameters in the order of `Parts.parameters`; `call` holds everything else."""
+    """y = layer(x). `params` are what is trained, in the order of `Parts.parameters`; `call` holds everything else."""
 
     @staticmethod
     def forward(
@@ -83,7 +83,7 @@ class LayerFunction(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             g = ctx.gradient_rows.receive(dy, call.rows, width)
             g, grads = backward.run(call, g, as_rows(x), cos, sin, mask, kept, need_dx)
-            dx = ctx.gradient_rows.hand(g, call.batch, p.d) if g is not None else None
+            dx = ctx.gradient_rows.hand(g, call.batch, p.d) if g is not None and need_dx else None
         wanted = ctx.needs_input_grad[6:]
         return (dx, None, None, None, None, None, *(d if w else None for d, w in zip(grads, wanted, strict=True)))
 

@@ -26,6 +26,7 @@ class Parts:
         self.down = Group("down", mlp, (family.mlp.down,), scratch)
         self.groups = (self.qkv, self.o, self.gate_up, self.down)
         self.norms = (layer.get_submodule(family.norm.attention), layer.get_submodule(family.norm.mlp))
+        self.norms_trained = (False, False)
         self.eps = float(getattr(self.norms[0], family.norm.eps))
         self.k = int(getattr(attention, "head_dim", 0) or config.hidden_size // config.num_attention_heads)
         self.h, self.g = config.num_attention_heads, config.num_key_value_heads
@@ -44,13 +45,17 @@ class Parts:
 
     def refresh(self) -> bool:
         """Read the adapters again; True if any changed. Raises: Unfit."""
-        if any(norm.weight.requires_grad for norm in self.norms):
-            raise Unfit("a norm's weight is trained")
-        return any([group.refresh() for group in self.groups])  # a list: all of them must be read
+        trained = tuple(norm.weight.requires_grad for norm in self.norms)
+        changed, self.norms_trained = trained != self.norms_trained, trained
+        for group in self.groups:
+            changed |= group.refresh()
+            group.bring_bias()
+        return changed
 
     def parameters(self) -> list[Tensor]:
-        """The LoRA parameters, A and B of each term in group order: the order in which the backward gives their gradients."""
-        return [p for group in self.groups for t in group.terms for p in (t.a, t.b)]
+        """All that is trained, group by group and then the norms: the order in which the backward gives their gradients."""
+        norms = [n.weight for n, trained in zip(self.norms, self.norms_trained, strict=True) if trained]
+        return [p for group in self.groups for p in group.parameters()] + norms
 
 
 def window_of(family: Family, config: Any, index: int) -> int | None:

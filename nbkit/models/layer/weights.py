@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,15 @@ class Scratch:
         return held[: rows * columns].view(rows, columns)
 
 
+class Own(NamedTuple):
+    """What of a linear itself is trained, on output rows start:stop of its group; None: frozen."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    start: int
+    stop: int
+
+
 class Group:
     """The linears `names` of `parent`, which read the same input. `name` is "qkv", "o", "gate_up" or "down"."""
 
@@ -65,6 +75,7 @@ class Group:
         self.copied = False  # NF4: whether a dequantised copy is held for good
         self.buffer: Tensor | None = None  # None: before the first use, and for NF4 that is not copied
         self.terms: list[Term] = []
+        self.own: list[Own] = []
         self.rank = 0  # border columns in use, padded to RANK_STEP
         self._watch: Watch | None = None
 
@@ -94,20 +105,40 @@ class Group:
         modules = self.parent._modules
         found: list[Term] = []
         start = offset = 0
+        own: list[Own] = []
         for name, size in zip(self.names, self.sizes, strict=True):
             module = modules[name]
-            if any(p.requires_grad for p in base_of(module).parameters()):
-                raise Unfit(f"the base weight of {name} is trained")
+            own += self._own_of(base_of(module), name, start, start + size)
             of_linear = terms(module, start, start + size, offset, name)
             found += of_linear
             start, offset = start + size, offset + sum(t.rank for t in of_linear)
+        if any(o.weight is not None for o in own) and found:
+            raise Unfit(f"{', '.join(self.names)} train their own weights and an adapter's")
         self.device = base_of(modules[self.names[0]]).weight.device
         if self.nf4 and not self.in_place():  # the model was moved
             self.packed = [Nf4.of(base_of(modules[n]).weight) for n in self.names]
             self.buffer = None
+        self.own = own
         self.terms, self.rank, self._watch = found, round_up(offset, RANK_STEP), Watch(self.parent, self.names)
         self._adopt()
         return True
+
+    def _own_of(self, base: nn.Module, name: str, start: int, stop: int) -> list[Own]:
+        """What of the linear itself is trained. Raises: Unfit for a packed weight."""
+        weight, bias = (p if p is not None and p.requires_grad else None for p in (base.weight, base.bias))
+        if weight is not None and self.nf4:
+            raise Unfit(f"the packed weight of {name} is trained")
+        return [] if weight is None and bias is None else [Own(weight, bias, start, stop)]
+
+    def bring_bias(self) -> None:
+        """Where a bias is trained, the side-by-side copy of them follows it."""
+        if any(o.bias is not None for o in self.own):
+            self.bias = self._bias([base_of(self.parent._modules[n]) for n in self.names])
+
+    def parameters(self) -> list[Tensor]:
+        """All that is trained: A and B of each term, then weights and biases of the linears themselves."""
+        lora = [p for t in self.terms for p in (t.a, t.b)]
+        return lora + [p for o in self.own for p in (o.weight, o.bias) if p is not None]
 
     def use(self, used: list[Term]) -> None:
         """Put back the terms that a forward used, where another adapter was switched to between it and its backward."""

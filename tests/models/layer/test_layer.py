@@ -10,6 +10,7 @@ import torch
 from nbkit.families import find
 from nbkit.models.layer import Binding, Keep, bind
 from tests.models.layer.rig import batch, fill, lora, step, worst
+from tests.tiny import tiny_model
 
 FAMILIES = ("llama", "mistral", "qwen2")
 
@@ -402,7 +403,7 @@ def test_what_does_not_fit_runs_stock_and_says_so(options):
     binding.release()
 
 
-def test_a_trained_base_weight_runs_stock():
+def test_a_trained_base_weight_beside_an_adapter_runs_stock():
     model = lora("llama")
     model.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight.requires_grad_(True)
     truth = step(model, **batch())
@@ -411,6 +412,39 @@ def test_a_trained_base_weight_runs_stock():
     assert list(binding.reasons) == [1] and "up_proj" in binding.reasons[1]
     assert worst(grads, truth[1])[0] < 1e-5 and abs(loss - truth[0]) < 1e-5
     binding.release()
+
+
+@pytest.mark.parametrize("keep", [None, Keep(0, 16), Keep(4, 16, True, 1)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_fine_tuning(family, keep):
+    """Every weight, bias and norm is trained: dW, db and the norms' own gradients, and steps that change them in place."""
+    model = tiny_model(family).train()
+    model.requires_grad_(True)
+    inputs = batch(padded=True)
+    twin = copy.deepcopy(model)
+    binding = bound(model, keep)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in (model, twin)]
+    for _ in range(3):
+        found = []
+        for m, optimizer in zip((model, twin), optimizers, strict=True):
+            loss = m(**inputs).loss
+            loss.backward()
+            found.append((loss.item(), {n: p.grad.clone() for n, p in m.named_parameters() if p.grad is not None}))
+            optimizer.step()
+            optimizer.zero_grad()
+        assert binding.reasons == {} and binding.how
+        assert abs(found[0][0] - found[1][0]) < 1e-5 and worst(found[0][1], found[1][1])[0] < 2e-4
+    binding.release()
+    assert all(p.is_contiguous() for p in model.parameters())
+
+
+def test_trained_biases_beside_adapters():
+    model = lora("qwen2")
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            p.requires_grad_(True)
+    assert_same(model, batch(padded=True))
+    assert_same(model, batch(padded=True), Keep(3, 16))
 
 
 def test_a_base_weight_unfrozen_later_gets_its_gradient():
