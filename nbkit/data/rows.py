@@ -31,13 +31,17 @@ class Streamed:
     Args:
         start: called for each pass; gives the rows in order.
         most: rows after which a pass ends; None for all.
+
+    Attributes:
+        keeps: what has to live as long as the rows can be read, such as a temporary folder.
     """
 
     def __init__(self, start: Callable[[], Iterable[Row]], most: int | None = None) -> None:
         self._start, self._most = start, most
+        self.keeps: Any = None
 
     def __iter__(self) -> Iterator[Row]:
-        return islice(self._start(), self._most)
+        yield from islice(self._start(), self._most)  # a generator, which holds on to `self` and so to `keeps`
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -63,7 +67,6 @@ class Source:
     count: int | None = None
     identify: Callable[[], str | None] | None = None
     size: int | None = None  # bytes, where the rows lie in a file
-    keeps: Any = None  # what has to live as long as the source, such as a temporary folder
 
     @cached_property
     def head(self) -> list[Row]:

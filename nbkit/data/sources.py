@@ -39,20 +39,11 @@ def read(source: Any, *, split: str = "train", limit: int | None = None) -> Sour
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}; give a number of rows from 1, or None for all.")
     found = checked(_find(source, split))
-    if limit is None or isinstance(found.rows, list):
-        rows = found.rows[:limit] if isinstance(found.rows, list) else found.rows
-        return found if limit is None else in_memory_rows(found, rows)
-    rows = Streamed(found.rows.__iter__, limit)
+    if limit is None:
+        return found
+    rows = found.rows[:limit] if isinstance(found.rows, list) else Streamed(found.rows.__iter__, limit)
     count = None if found.count is None else min(found.count, limit)
-    return Source(found.name, rows, count, _limited(found, limit), found.size, found.keeps)
-
-
-def in_memory_rows(found: Source, rows: Any) -> Source:
-    return Source(found.name, rows, len(rows), _limited(found, len(rows)), found.size, found.keeps)
-
-
-def _limited(found: Source, limit: int) -> Any:
-    return lambda: f"{found.fingerprint}[:{limit}]" if found.fingerprint else None
+    return Source(found.name, rows, count, lambda: f"{found.fingerprint}[:{limit}]" if found.fingerprint else None)
 
 
 def _find(source: Any, split: str) -> Source:
@@ -95,7 +86,11 @@ def _named(name: str, split: str) -> Source:
 def _address(url: str) -> Source:
     path, folder = web.fetch(url, SUFFIXES)
     found = _path(path, "train")
-    found.name, found.keeps = url, folder
+    found.name = url
+    if isinstance(found.rows, Streamed):
+        found.rows.keeps = folder
+        identify = found.identify
+        found.identify = lambda: identify() if identify and folder else None  # which holds on to the folder too
     return found
 
 
