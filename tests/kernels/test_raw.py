@@ -11,6 +11,7 @@ import torch
 from nbkit.kernels import _launch
 from nbkit.kernels import geglu as gg
 from nbkit.kernels import linear_cross_entropy as lce
+from nbkit.kernels import qk_norm_rope as qkn
 from nbkit.kernels import rms_norm as rms
 from nbkit.kernels import rope as rp
 from nbkit.kernels import swiglu as sw
@@ -112,6 +113,66 @@ def test_rope_positions_and_tables_that_do_not_fit_are_refused() -> None:
         rp.rope_rotate_(x, table, table, positions=torch.zeros(3, dtype=torch.int64, device=DEVICE))
     with pytest.raises(ValueError, match="even number"):
         rp.rope_rotate_(torch.randn(2, 5, 16, 3, device=DEVICE).transpose(2, 3), table, table)
+
+
+@pytest.mark.parametrize("rotary", [None, 6])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_qk_norm_rope_in_place_and_back_into_rows(dtype: torch.dtype, rotary: int | None) -> None:
+    """Forward over its own inputs; backward from attention's layout into rows [dq | dk | dv] with a border, dv copied along."""
+    b, t, h, g, k = 2, 3, 4, 2, 12
+    buffer, rows = bordered(b * t, (h + 2 * g) * k, dtype, 1)
+    raw = rows.clone()
+    heads = [x.unflatten(1, (h + 2 * g, k)).unflatten(0, (b, t)) for x in (rows, raw)]
+    (q, kk), (q0, k0) = ((x[:, :, :h], x[:, :, h : h + g]) for x in heads)
+    wq, wk = torch.linspace(0.5, 1.5, k).to(DEVICE, dtype), torch.linspace(-1, 1, k).to(DEVICE, dtype)
+    angle = torch.rand(t, (rotary or k) // 2, generator=torch.Generator().manual_seed(1)).to(DEVICE) * 6
+    tables, how = (angle.cos(), angle.sin()), {"rotary": rotary, "offset": 1.0}
+    leaves = [x.double().requires_grad_() for x in (q0, k0, wq, wk)]
+    truth = qkn.reference(*leaves, *(x.double() for x in tables), 1e-5, **how)
+    kept = rows[:, (h + g) * k :].clone()
+    found = qkn.qk_norm_rope_forward(q, kk, wq, wk, *tables, 1e-5, **how, out=(q, kk))
+    assert found[0] is q and found[1] is kk and untouched(buffer, (h + 2 * g) * k) and torch.equal(rows[:, (h + g) * k :], kept)
+    close("q", q, truth[0])
+    close("k", kk, truth[1])
+    up = [torch.randn(b, n, t, k, generator=torch.Generator().manual_seed(n)).to(DEVICE, dtype) for n in (h, g, g + 1)]
+    dq, dk, dv = up[0].transpose(1, 2), up[1].transpose(1, 2), up[2][:, :g].transpose(1, 2)
+    torch.autograd.backward(truth, (dq.double(), dk.double()))
+    border, target = bordered(b * t, (h + 2 * g) * k, dtype, 2)
+    to = target.unflatten(1, (h + 2 * g, k)).unflatten(0, (b, t))
+    places = {"out": (to[:, :, :h], to[:, :, h : h + g]), "dv": (dv, to[:, :, h + g :])}
+    ours = qkn.qk_norm_rope_backward(dq, dk, q0, k0, wq, wk, *tables, 1e-5, **how, **places, weight_grad=True)
+    assert untouched(border, (h + 2 * g) * k) and torch.equal(to[:, :, h + g :], dv)
+    for name, one, leaf in zip(("dq", "dk", "dwq", "dwk"), ours, leaves, strict=True):
+        assert one is not None
+        close(name, one, leaf.grad)
+    again = qkn.qk_norm_rope_backward(dq, dk, q0, k0, wq, wk, *tables, 1e-5, **how, out=(q0, k0))
+    assert again[2] is None and again[3] is None
+    close("dq over q", q0, leaves[0].grad)
+
+
+def test_qk_norm_rope_refuses_what_does_not_fit() -> None:
+    q, k, w, table = (torch.randn(*s, device=DEVICE) for s in ((1, 2, 3, 8), (1, 2, 1, 8), (8,), (2, 3)))
+    with pytest.raises(ValueError, match="do not fit"):
+        qkn.qk_norm_rope_forward(q, k, w, w, table, table, 1e-5)
+    with pytest.raises(ValueError, match="stride 1 along K"):
+        qkn.qk_norm_rope_forward(
+            q, k, w, w, q[0, :, 0], q[0, :, 0], 1e-5, out=(q, torch.zeros(1, 2, 8, 8, device=DEVICE).mT[:, :, :1])
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope_leaves_the_rest_of_a_head_alone(dtype: torch.dtype, interleaved: bool) -> None:
+    x = torch.randn(2, 3, 4, 20, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype)
+    angle = torch.rand(3, 4, generator=torch.Generator().manual_seed(1)).to(DEVICE) * 6
+    truth = rp.reference(x.double(), angle.cos().double(), angle.sin().double(), rotary=8, interleaved=interleaved)
+    out = rp.rope_rotate_(x, angle.cos(), angle.sin(), rotary=8, interleaved=interleaved, out=torch.empty_like(x))
+    close("beside", out, truth)
+    assert torch.equal(out[..., 8:], x[..., 8:])
+    close("in place", rp.rope_rotate_(x, angle.cos(), angle.sin(), rotary=8, interleaved=interleaved), truth)
+    for rotary in (7, 0, 22):
+        with pytest.raises(ValueError, match="even number of rotated columns"):
+            rp.rope_rotate_(x, angle.cos(), angle.sin(), rotary=rotary)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
