@@ -215,8 +215,8 @@ class Labelled(Sequence[Mapping[str, Any]]):
     def __getitem__(self, index: Any) -> Mapping[str, Any]:
         if not 0 <= index < len(self._rows):
             raise IndexError(f"there is no example {index}")
-        row = self._rows[index]
-        return {"input_ids": row["input_ids"], "labels": row["labels"] if row.get("labels") is not None else row["input_ids"]}
+        row = dict(self._rows[index])
+        return row if row.get("labels") is not None else {**row, "labels": row["input_ids"]}
 
 
 def _of_batch(made: Mapping[str, Any], tokenizer: Any, max_seq_length: int | None) -> InspectedSet:

@@ -1,35 +1,37 @@
-"""The dataset mapper: rows in, their format found, and what of them is trained."""
+"""The dataset mapper: rows in, their format found, what of them is trained, and repairs for what is wrong with them."""
 
 from __future__ import annotations
 
-import json
+import asyncio
+import dataclasses
+import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import ipywidgets as widgets
 
-from nbkit.config import FORMATS, DataRecipe
-from nbkit.errors import ConfigError
-from nbkit.widgets import _code, _fields, _html
-from nbkit.widgets._fields import Field
+from nbkit.config import DataRecipe
+from nbkit.errors import DataError
+from nbkit.widgets import _code, _fields, _html, _mapping
 from nbkit.widgets._panel import Panel
+from nbkit.widgets.inspector import Inspector
 
 if TYPE_CHECKING:
     from nbkit.engine import Session
 
-SAMPLE = "sample:ships-log"
-ROLES = {
-    "alpaca": ("instruction", "input", "output"),
-    "sharegpt": ("conversations",),
-    "messages": ("messages",),
-}  # of the columns of each format, as `DataRecipe` names them
-FINDINGS = 12  # shown at most
-TOO_LONG = (("refuse them", "refuse"), ("drop them", "drop"))
+FINDINGS = 12  # kinds of remarks shown at most
+INTERVAL = 0.1  # seconds between two drawings of the progress
+RECIPE = tuple(field.name for field in dataclasses.fields(DataRecipe))  # each is a setting of the panel
 
 
 class DatasetMapper(Panel):
-    """Name a source, see its format, and see which tokens of each row are trained.
+    """Name a source, see its format, mend its faults, and see which tokens of each row are trained.
 
-    Buttons: `read`, `previous`, `next`; settings: source, format, columns (role → column), system, held_out, too_long, row.
+    Buttons: `read`, `stop`, and the repairs that are offered, by the line of the recipe that each writes: `faulty_drop`,
+    `too_long_drop`, `too_long_cut`, `too_long_split`, `duplicates_drop`, `same_role_join`, `first_reply_skip`.
+    Settings: source, held_out and those of `DataRecipe`. The rows themselves are shown by its `inspector`.
+
+    Reading goes on in the background: after `click("read")` in a cell, `await panel.finished()`.
     """
 
     name: ClassVar[str] = "data"
@@ -37,64 +39,144 @@ class DatasetMapper(Panel):
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
-        roles = [role for names in ROLES.values() for role in names]
-        self._roles = {role: _fields.labelled(widgets.Combobox(continuous_update=False), f"Column of {role}") for role in roles}
-        source = self._field("source", _fields.text("File, hub data set or sample", SAMPLE, wide=True))
-        form = self._field("format", _fields.choice("Format", FORMATS, "auto"))
-        held_out = self._field("held_out", _fields.optional("Held-out rows", _share, "rows, a share or a source", "none"))
-        too_long = self._field("too_long", _fields.choice("Too long rows", TOO_LONG, "refuse"))
-        system = self._field("system", _fields.optional("System message", str, "text", "none"))
-        columns = self._field("columns", self._columns())
-        row = self._field("row", _fields.whole("Row", 1))
+        self.inspector = Inspector(session)
+        self._columns = _mapping.Columns()
+        self._read_at: tuple[int, float] | None = None
+        self._halt = False
+        self._offers: dict[str, tuple[str, DataRecipe]] = {}
+        usual, rare = self._settings()
+        self._more = widgets.ToggleButton(value=False, description="More settings", tooltip="Show the settings used less often")
+        self._more.add_class("nbk-toggle")
+        self._more.layout.width = "auto"
+        self._more.observe(lambda _: self._show_more(), "value")
+        self._rare = _row(rare)
+        self._progress, self._found = _html.html(), _html.html()
+        self._repairs = self._repair_rows()
+        source = self._field("source", _mapping.source())
         read = self._button("read", "Read", self._read, "Read the rows and map them", primary=True)
-        previous = self._button("previous", "‹ Previous", lambda: self._step(-1), "Show the row before")
-        following = self._button("next", "Next ›", lambda: self._step(1), "Show the next row")
-        self._found = _html.html()
-        self._view = _html.html()
-        self._stepper = _row([row, previous, following])
+        stop = self._button("stop", "Stop", self._stop, "Stop reading; the data stay as they were")
+        hint = _html.html(_html.paragraph("nbk-hint", _html.text(_mapping.HINT)))
+        columns = self._field("columns", self._columns.field)
+        self._show_more()
+        self._compose(
+            *(_row([source, read, stop]), hint, _row([*usual, self._more]), columns, self._rare, self._progress),
+            *(self._found, self._repairs, self.inspector.box),
+        )
         self._show()
-        self._compose(_row([source, form, held_out, too_long, system, read]), columns, self._found, self._stepper, self._view)
 
-    def _columns(self) -> Field:
-        row = _row(list(self._roles.values()))
+    def _settings(self) -> tuple[list[Any], list[Any]]:
+        """The fields: those in sight, and those behind "More settings"."""
+        usual = {
+            "format": _fields.choice("Format", _mapping.FORMATS, "auto"),
+            "template": _mapping.template(),
+            "train_on": _fields.choice("Trained", _mapping.TRAIN_ON, "replies"),
+            "held_out": _fields.optional("Held-out rows", _mapping.share, "rows, a share or a source", "none"),
+        }
+        rare = {
+            "too_long": _fields.choice("Too long rows", _mapping.TOO_LONG, "refuse"),
+            "faulty": _fields.choice("Faulty rows", _mapping.FAULTY, "refuse"),
+            "duplicates": _fields.choice("Duplicates", _mapping.DUPLICATES, "keep"),
+            "same_role": _fields.choice("Two turns of one role", _mapping.SAME_ROLE, "keep"),
+            "first_reply": _fields.choice("A reply comes first", _mapping.FIRST_REPLY, "refuse"),
+            "system": _fields.optional("System message", str, "text", "none"),
+            "prompt": _fields.optional("Prompt out of columns", str, "text", "{question} {context}"),
+            "roles": _mapping.roles(),
+        }
+        return (
+            [self._field(name, field) for name, field in usual.items()],
+            [self._field(name, field) for name, field in rare.items()],
+        )
 
-        def read() -> dict[str, str]:
-            return {role: box.value.strip() for role, box in self._roles.items() if box.value.strip()}
-
-        def write(new: Any) -> None:
-            unknown = [role for role in new if role not in self._roles]
-            if unknown:
-                raise ConfigError(f"{_fields.short(unknown[0])} is no role of a column; use {', '.join(self._roles)}.")
-            for role, box in self._roles.items():
-                _fields.keep(f"Column of {role}", box, new.get(role, ""))
-
-        return Field("Columns", row, tuple(self._roles.values()), read, write)
+    def _repair_rows(self) -> Any:
+        """A button and its sentence for every repair there is; those that are offered are shown."""
+        rows = []
+        self._sentences: dict[str, Any] = {}
+        words = {f"{name}_{value}": text for (name, value), text in _mapping.REPAIRS.items()}
+        for name, text in words.items():
+            button = self._button(name, text, lambda name=name: self._repair(name), "Change the recipe and read again")
+            self._sentences[name] = _html.html()
+            row = _row([button, self._sentences[name]])
+            row.add_class("nbk-repair")
+            rows.append(row)
+        return widgets.VBox(rows)
 
     def recipe(self) -> DataRecipe:
         """The settings as a `DataRecipe`. Raises: ConfigError."""
         values = self.values()
-        return DataRecipe(**{name: values[name] for name in ("format", "columns", "system", "too_long")})
+        return DataRecipe(**{name: values[name] for name in RECIPE})
 
     # -- what it does ------------------------------------------------------------------------------
 
     def _read(self) -> None:
         values, recipe = self.values(), self.recipe()
-        with self.busy(f"Reading {_html.plain(values['source'], 200)} …"):
-            report = self.session.use_data(values["source"], recipe, held_out=values["held_out"])
-            self.message(f"{report.used:,} of {report.rows_in:,} rows are ready to train on.", "done")
+        if not values["source"]:
+            raise DataError(f"There is no source yet; give {_mapping.HINT}.")
+        self._launch(lambda: self._reading(values["source"], recipe, values["held_out"]))
 
-    def _step(self, by: int) -> None:
-        self.set(row=self._fields["row"].read() + by)
+    def _repair(self, name: str) -> None:
+        _, recipe = self._offers[name]
+        self._take({name: getattr(recipe, name) for name in RECIPE})
+        self._read()
+
+    def _stop(self) -> None:
+        self._halt = True
+
+    async def _reading(self, source: str, recipe: DataRecipe, held_out: Any) -> None:
+        """Read on another thread, so that the kernel goes on answering, and show how far it is ten times a second."""
+        self._halt, told = False, {}
+        work = asyncio.ensure_future(asyncio.to_thread(self._work, source, recipe, held_out, told))
+        try:
+            with self.busy(f"Reading {_html.plain(source, 200)} …"):
+                self._buttons["stop"].disabled = False
+                while not work.done():
+                    await asyncio.wait({work}, timeout=INTERVAL)
+                    self._show_progress(told)
+                report, config = await work
+                self.session.take_data(report, config)
+            left_out = report.dropped + report.refused
+            rest = f"; {left_out:,} are left out, see below" if left_out else ""
+            self.message(f"{report.used:,} of {report.rows_in:,} rows are ready to train on{rest}.", "done")
+        except _StopReading:
+            self.message("Reading was stopped; the data are as they were.", "warning")
+        except asyncio.CancelledError:
+            self._stop()  # the interrupt button
+            raise
+        finally:
+            _html.show(self._progress, _html.join(()))
+            self._show()
+        self.update_saved()
+
+    def _work(self, source: str, recipe: DataRecipe, held_out: Any, told: dict[str, Any]) -> Any:
+        """On the other thread: read, and look for faults in what was read."""
+
+        def listen(what: str, done: int, total: int | None) -> None:
+            if self._halt:
+                raise _StopReading
+            if told.get("what") != what:
+                told.update(what=what, began=time.monotonic())
+            told.update(done=done, total=total)
+
+        return self.session.read_data(source, recipe, held_out=held_out, progress=listen)
+
+    def _show_progress(self, told: Mapping[str, Any]) -> None:
+        if "what" not in told or not told["done"]:
+            return
+        done, total = told["done"], told["total"]
+        rate = done / max(time.monotonic() - told["began"], 1e-3)
+        said = f"{told['what']}: {done:,}" + (f" of {total:,} rows" if total else " rows") + f" · {rate:,.0f} rows/s"
+        if total:
+            said += f" · {_html.duration(max(total - done, 0) / max(rate, 1e-9))} left"
+        share = 100 * min(done / total, 1) if total else 100
+        meter = {"class": "nbk-bar", "role": "progressbar", "aria-label": "Reading progress", "aria-valuemin": 0}
+        meter |= {"aria-valuemax": total or done, "aria-valuenow": done}
+        bar = _html.tag("div", meter, _html.tag("div", {"class": "nbk-bar-running", "style": f"width:{share:.1f}%"}))
+        _html.show(self._progress, _html.join((bar, _html.paragraph("nbk-hint", said))))
 
     def _changed(self, name: str) -> None:
-        if name == "row":
-            row, last = self._fields["row"].read(), self._rows()
-            if last and not 1 <= row <= last:
-                self.set(row=min(max(row, 1), last))
-                raise ConfigError(f"There is no row {row}; the rows that are used are numbered from 1 to {last}.")
-            self._show()
-        elif name == "format":
-            self._show_roles()
+        if name == "format":
+            self._columns.show(self._fields["format"].read())
+        if name in ("roles", "system", "template"):
+            self.recipe()
 
     def _session_changed(self, topic: str) -> None:
         if topic == "data" and self.session.data is not None:
@@ -104,41 +186,30 @@ class DatasetMapper(Panel):
 
     def _take_over(self, report: Any) -> None:
         """Show what the session really uses, also when code gave it."""
-        raws = [report.preview(index).raw for index in range(min(self._rows(), 20))]
-        names = list(dict.fromkeys(name for raw in raws if isinstance(raw, dict) for name in raw))
-        for box in self._roles.values():
-            box.options = [str(name) for name in names if _fields.sendable(str(name))]
+        raws = [report.preview(index).raw for index in range(min(len(report.examples), 5))]
+        names = list(dict.fromkeys(str(name) for raw in raws if isinstance(raw, dict) for name in raw))
+        self._columns.offer(names)
         config = self.session.data_config
-        settings = {name: getattr(report.recipe, name) for name in ("format", "columns", "system", "too_long")}
-        self._take(settings | {"source": config.source, "held_out": config.held_out, "row": 1})
+        settings = {name: getattr(report.recipe, name) for name in RECIPE}
+        self._take(settings | {"source": config.source, "held_out": config.held_out})
 
     # -- how it looks ------------------------------------------------------------------------------
 
-    def _rows(self) -> int:
-        return 0 if self.session.data is None else len(self.session.data.examples)
+    def _show_more(self) -> None:
+        self._rare.layout.display = "" if self._more.value else "none"
+        self._more.description = "Fewer settings" if self._more.value else "More settings"
 
     def _show(self) -> None:
-        report, rows = self.session.data, self._rows()
-        self._show_roles()
-        self._stepper.layout.display = "" if rows else "none"
-        self._enable({"previous": self._fields["row"].read() > 1, "next": self._fields["row"].read() < rows})
+        report = self.session.data
+        self._columns.show(self._fields["format"].read())
+        self._offers = {} if report is None else offers(report)
+        self._enable({"stop": False} | {name: name in self._offers for name in self._sentences})
+        for name, row in zip(self._sentences, self._repairs.children, strict=True):
+            row.layout.display = "" if name in self._offers else "none"
+            said = self._offers[name][0] if name in self._offers else ""
+            _html.show(self._sentences[name], _html.paragraph("nbk-hint", _html.text(said, 400)) if said else _html.join(()))
         _html.show(self._found, _html.join(()) if report is None else _found_html(report))
-        _html.show(self._view, self._row_html() if rows else _html.join(()))
-
-    def _show_roles(self) -> None:
-        """Only the columns that the format has."""
-        form = self._fields["format"].read()
-        for name, roles in ROLES.items():
-            for role in roles:
-                self._roles[role].layout.display = "" if name == form else "none"
-
-    def _row_html(self) -> _html.Markup:
-        preview = self.session.data.preview(self._fields["row"].read() - 1)
-        raw = json.dumps(preview.raw, ensure_ascii=False, indent=2, default=str)
-        number = self.session.data.row_numbers[self._fields["row"].read() - 1]
-        left = _column(f"Row {number} of the source", _html.block(raw, label="The row as it came"))
-        right = _column("What the model reads", _pieces_html(preview.pieces))
-        return _html.join((_html.tag("div", {"class": "nbk-columns"}, left, right), _legend()))
+        self._refresh()
 
     def _summary(self) -> str:
         report = self.session.data
@@ -157,19 +228,18 @@ class DatasetMapper(Panel):
 
     def _static_body(self) -> _html.Markup:
         report = self.session.data
-        if report is None:
-            return _html.join(())
-        return _html.join((_found_html(report), self._row_html() if self._rows() else ""))
+        return _html.join(()) if report is None else _html.join((_found_html(report), self.inspector.static_rows()))
 
 
-def _share(said: str) -> str | int | float:
-    """A number of rows, a share below 1, or else the name of a source."""
-    for kind in (int, float):
-        try:
-            return kind(said)
-        except ValueError:
-            continue
-    return said
+class _StopReading(Exception):
+    """Raised into the reading thread by its progress."""
+
+
+def offers(report: Any) -> dict[str, tuple[str, DataRecipe]]:
+    """Button → (sentence, the recipe it would read again with)."""
+    known = {f"{name}_{value}" for name, value in _mapping.REPAIRS}
+    found = {"_".join(repair.setting): (repair.sentence, repair.recipe) for repair in report.repairs}
+    return {name: offer for name, offer in found.items() if name in known}
 
 
 def _row(children: list[Any]) -> widgets.HBox:
@@ -178,47 +248,42 @@ def _row(children: list[Any]) -> widgets.HBox:
     return row
 
 
-def _column(title: str, body: _html.Markup) -> _html.Markup:
-    return _html.tag("div", {"class": "nbk-column"}, _html.tag("b", None, title), body)
-
-
 def _found_html(report: Any) -> _html.Markup:
-    """Format, counts and findings."""
+    """Format, counts and remarks."""
     share = report.trained_tokens / report.total_tokens if report.total_tokens else 0
+    sure = getattr(report, "confidence", None)
     facts = [
-        ("Format", report.recipe.format),
+        ("Format", report.recipe.format + (f", {sure:.0%} sure" if sure is not None and sure < 1 else "")),
         ("Rows read", f"{report.rows_in:,}"),
         ("Rows used", f"{report.used:,}"),
         ("Left out", f"{report.dropped + report.refused:,}"),
         ("Trained tokens", f"{report.trained_tokens:,} of {report.total_tokens:,} ({share:.0%})"),
     ]
-    shown = list(report.findings)[:FINDINGS]
-    more = len(report.findings) - len(shown)
-    items = [_html.tag("li", {"dir": "auto"}, _html.text(finding, 500)) for finding in shown]
-    items += [_html.tag("li", None, f"and {more:,} more")] if more > 0 else []
     return _html.join(
         (
             _html.tag("div", {"class": "nbk-facts"}, *(_html.fact(name, value) for name, value in facts)),
             _html.paragraph("nbk-hint", _html.text(f"{report.source} is read as {report.reason}", 600)),
-            _html.tag("ul", {"class": "nbk-findings"}, *items) if items else "",
+            _remarks(report.findings),
         )
     )
 
 
-def _pieces_html(pieces: Any) -> _html.Markup:
-    """The rendered text; what is trained is marked by colour, underline and brackets."""
-    shown, left = [], _html.TEXT_LIMIT
-    for said, trained in pieces:
-        if left <= 0:
-            shown.append(_html.text(" …"))
-            break
-        part = _html.text(said, left)
-        left -= len(said)
-        shown.append(_html.tag("mark", {"class": "nbk-trained"}, "⟦", part, "⟧") if trained else part)
-    attributes = {"class": "nbk-block", "dir": "auto", "tabindex": "0", "role": "group", "aria-label": "What the model reads"}
-    return _html.tag("pre", attributes, *shown)
-
-
-def _legend() -> _html.Markup:
-    trained = _html.tag("mark", {"class": "nbk-trained"}, "⟦trained⟧")
-    return _html.paragraph("nbk-hint", trained, " the loss is computed on these tokens; the rest is only read.")
+def _remarks(findings: Any) -> _html.Markup:
+    """One line for each kind of fault: what became of the rows, how many, why, which, and the first in its own words."""
+    groups: dict[tuple[str, str, str], list[Any]] = {}
+    for finding in findings:
+        groups.setdefault((finding.part, finding.outcome, finding.reason), []).append(finding)
+    if not groups:
+        return _html.join(())
+    left_out_first = sorted(groups.items(), key=lambda item: (item[0][1] == "used", -len(item[1])))
+    rows = []
+    for (part, outcome, reason), found in left_out_first[:FINDINGS]:
+        numbers = [finding.row for finding in found]
+        shown = ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8:,} more" if len(numbers) > 8 else "")
+        what = f"{outcome}, held out" if part == "held_out" else outcome
+        first = _html.text(f"Row {found[0].row}: {found[0].sentence}", 300)
+        rows.append((what, f"{len(numbers):,}", _html.text(reason, 200), shown, first))
+    more = len(groups) - FINDINGS
+    hint = _html.paragraph("nbk-hint", f"and {more} more kinds") if more > 0 else ""
+    columns = ("outcome", "rows", "why", "row numbers", "the first of them")
+    return _html.join((_html.table("Rows with a remark", columns, rows), hint))

@@ -50,6 +50,7 @@ class Studio(Shown):
         self.widget.add_class("nbk-studio")
         self.model.watch("name", lambda name: self.lora.estimate_for(name or None))
         self.training.guards.append(self.chat.require_silence)
+        self.data.inspector.settings = self.training.config
         session.subscribe(self._advance)
         self._open_for_state()
 

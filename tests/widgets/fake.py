@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,27 +43,55 @@ class Preview:
     pieces: list[tuple[str, bool]]
 
 
+class Words:
+    """A tokenizer of one id a word; id 0 is the stop token and the padding."""
+
+    def __init__(self) -> None:
+        self.words = ["<|im_end|>", "<|im_start|>user\n", "<|im_start|>assistant\n"]
+        self.all_special_ids, self.pad_token_id, self.eos_token_id, self.bos_token_id = [0, 1, 2], 0, 0, None
+        self.added_tokens_decoder: dict[int, Any] = {}
+        self.chat_template = ""
+
+    def ids(self, said: str) -> list[int]:
+        words = [word + " " for word in said.split(" ")]
+        self.words += dict.fromkeys(word for word in words if word not in self.words)
+        return [self.words.index(word) for word in words]
+
+    def convert_ids_to_tokens(self, index: int) -> str:
+        return self.words[index]
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False) -> str:
+        return "".join(self.words[index] for index in ids)
+
+
 @dataclass
 class Report:
     rows: list[dict[str, Any]]
     recipe: DataRecipe
     source: str = "sample:ships-log"
     reason: str = "every row has a list of messages with role and content"
+    confidence: float = 1.0
     rows_in: int = 0
     used: int = 0
     dropped: int = 0
     refused: int = 0
     trained_tokens: int = 40
     total_tokens: int = 100
+    max_seq_length: int = 512
     findings: list[Any] = field(default_factory=list)
+    repairs: list[Any] = field(default_factory=list)
     examples: list[Any] = field(default_factory=list)
     row_numbers: list[int] = field(default_factory=list)
     held_out_rows: list[Any] = field(default_factory=list)
+    tokenizer: Any = None
 
     def __post_init__(self) -> None:
         self.rows_in = self.used = len(self.rows)
         self.row_numbers = [3 + i for i in range(len(self.rows))]
-        self.examples = [{"input_ids": [1, 2], "labels": [-100, 2]} for _ in self.rows]
+        self.tokenizer = Words()
+        for row in self.rows:
+            prompt, reply = [1, *self.tokenizer.ids(row["user"]), 0, 2], [*self.tokenizer.ids(row["reply"]), 0]
+            self.examples.append({"input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply})
 
     def preview(self, index: int) -> Preview:
         row = self.rows[index]
@@ -145,7 +173,7 @@ class FakeSession:
         self.lora: LoraConfig | None = None
         self.data: Report | None = None
         self.run: FakeRun | None = None
-        self.pause = 0.0
+        self.pause, self.chunks = 0.0, 0
         self._listeners: list[Callable[[str], None]] = []
 
     def subscribe(self, callback: Callable[[str], None]) -> None:
@@ -192,20 +220,43 @@ class FakeSession:
         self._changed("lora")
 
     def use_data(self, source: Any, recipe: DataRecipe | None = None, held_out: Any = None) -> Report:
+        return self.take_data(*self.read_data(source, recipe, held_out))
+
+    def read_data(
+        self, source: Any, recipe: DataRecipe | None = None, held_out: Any = None, seed: int = 3407, progress: Any = None
+    ) -> tuple[Report, DataConfig]:
         recipe = recipe or DataRecipe()
-        self.calls.append(("use_data", (source,), {"recipe": recipe, "held_out": held_out}))
+        self.calls.append(("read_data", (source,), {"recipe": recipe, "held_out": held_out}))
         if self.loaded is None:
             raise ModelError('No model is loaded; call session.load("smollm2-135m-instruct") before you map data.')
         if source == "missing.jsonl":
             raise DataError("There is no file missing.jsonl; give the path of a JSONL, JSON or CSV file.")
+        for done in range(1, 1 + self.chunks):
+            time.sleep(self.pause)
+            if progress is not None:
+                progress("Rows to tokens", done * 100, 100 * self.chunks)
         rows = [{"user": f"{self.said} {i}", "reply": self.said, self.said[:50]: self.said} for i in range(1, 5)]
-        report = Report(rows, DataRecipe(format="messages", columns={"messages": "messages"}), source=source)
-        report.findings = [Finding(3, "null_reply", self.said)] * 20
+        report = Report(rows, replace(recipe, format="messages", columns={"messages": "messages"}), source=source)
+        report.findings = [Finding(30 + i, "null_reply", self.said) for i in range(20)]
+        drop = replace(report.recipe, faulty="drop")
+        report.repairs = (
+            [SimpleNamespace(sentence=f"Drop rows: {self.said}", setting=("faulty", "drop"), recipe=drop)]
+            if recipe.faulty != "drop"
+            else []
+        )
         report.reason = self.said
         report.held_out_rows = [[{"role": "user", "content": "held " + self.said}, {"role": "assistant", "content": self.said}]]
-        self.data, self.data_config = report, DataConfig(source=source, recipe=report.recipe, held_out=held_out)
+        return report, DataConfig(source=source, recipe=report.recipe, held_out=held_out)
+
+    def take_data(self, report: Report, config: DataConfig) -> Report:
+        self.data, self.data_config = report, config
         self._changed("data")
         return report
+
+    def inspect(self, row: int | None = None, batch: int = 0, train: TrainConfig | None = None) -> Any:
+        from nbkit.inspection import inspect
+
+        return inspect(self, row=row, batch=batch, train=train)
 
     def train(self, train: TrainConfig | None = None) -> FakeRun:
         self.calls.append(("train", (train,), {}))

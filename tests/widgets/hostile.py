@@ -75,8 +75,27 @@ CORPUS: list[str] = [
 ]
 ALLOWED = frozenset(
     (
-        *("div", "span", "p", "b", "pre", "mark", "ul", "li", "h3", "table", "caption", "thead", "tbody", "tr", "th", "td"),
-        *("svg", "title", "desc", "path", "line", "circle", "polyline", "text", "style"),
+        *(
+            "div",
+            "span",
+            "p",
+            "b",
+            "bdi",
+            "pre",
+            "mark",
+            "ul",
+            "li",
+            "h3",
+            "h4",
+            "table",
+            "caption",
+            "thead",
+            "tbody",
+            "tr",
+            "th",
+            "td",
+        ),
+        *("svg", "title", "desc", "path", "line", "circle", "polyline", "rect", "text", "style"),
     )
 )
 

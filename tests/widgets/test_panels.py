@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nbkit.config import ALL_LINEAR, DataRecipe, TrainConfig
+import nbkit
+from nbkit.config import ALL_LINEAR, FORMATS, TOO_LONG, TRAIN_ON, DataRecipe, TrainConfig
 from nbkit.errors import ConfigError, DataError, ModelError, TrainingError
+from nbkit.widgets import _mapping
+from nbkit.widgets._mapping import ROLES
 from nbkit.widgets.chat import ChatPanel
 from nbkit.widgets.dataset_mapper import DatasetMapper
 from nbkit.widgets.lora import LoraPanel
@@ -177,30 +181,112 @@ def test_rows_are_read_and_shown_beside_what_is_trained(loaded: FakeSession) -> 
     panel.set(source="rows.jsonl", held_out="30", system="Be brief.", too_long="drop")
     panel.click("read")
     recipe = DataRecipe(system="Be brief.", too_long="drop")
-    assert loaded.calls[-1] == ("use_data", ("rows.jsonl",), {"recipe": recipe, "held_out": 30})
+    assert loaded.calls[-1] == ("read_data", ("rows.jsonl",), {"recipe": recipe, "held_out": 30})
     found = inert(panel._found.value).text
-    assert "messages" in found and "40 of 100 (40%)" in found and "Row 3:" in found and "and 8 more" in found
-    view = inert(panel._view.value)
-    assert "⟦plain<|im_end|>⟧" in view.text and '"user": "plain 1"' in view.text and "Row 3 of the source" in view.text
+    assert "messages" in found and "40 of 100 (40%)" in found and "Row 30: plain" in found and "30, 31, 32" in found
+    view = inert(panel.inspector._tokens.value)
+    assert "⟦plain <|im_end|>⟧" in view.text and '"user": "plain 1"' in view.text and "Row 3 of the source" in view.text
     assert "⟦trained⟧" in view.text and "mark" in view.tags
     assert panel.values()["format"] == "messages" and panel.values()["columns"] == {"messages": "messages"}
+    assert "4 of 4 rows are ready to train on." in panel.said.value
 
 
-def test_rows_are_stepped_through(loaded: FakeSession) -> None:
+def test_every_line_of_the_recipe_is_a_setting(loaded: FakeSession) -> None:
     panel = DatasetMapper(loaded)
-    assert panel._stepper.layout.display == "none"
+    recipe = DataRecipe(
+        format="preference",
+        columns={"chosen": "good", "rejected": "bad"},
+        roles={"npc": "assistant", "player": "user"},
+        prompt="{question}[[ {context}]]",
+        system="Be brief.",
+        template="chatml",
+        train_on="last_reply",
+        faulty="drop",
+        too_long="split",
+        duplicates="drop",
+        same_role="join",
+        first_reply="skip",
+    )
+    panel.set(**{field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)})
+    assert panel.recipe() == recipe
+    made = eval(panel.code().split("recipe=")[1].rsplit(",\n)", 1)[0], {"nbkit": nbkit})
+    assert made == recipe
+
+
+def test_a_template_of_ones_own_is_kept(loaded: FakeSession) -> None:
+    panel = DatasetMapper(loaded)
+    jinja = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    panel.set(template=jinja)
+    assert panel.recipe().template == jinja and ("a template of yours", jinja) in panel._fields["template"].widget.options
+    panel.set(template=None)
+    assert panel.recipe().template is None
+    for wrong, said in (("chatlm", "There is no template 'chatlm'"), (3, "takes a name or Jinja text")):
+        with pytest.raises(ConfigError, match=said):
+            panel.set(template=wrong)
+
+
+@pytest.mark.parametrize("said", ["npc", "npc=", "=user", "npc=boss", 3])
+def test_names_of_roles_that_are_none_are_sentences(loaded: FakeSession, said: Any) -> None:
+    panel = DatasetMapper(loaded)
+    with pytest.raises(ConfigError, match="takes pairs|is not known"):
+        if isinstance(said, str):
+            panel._fields["roles"].widget.value = said
+            panel.values()
+        else:
+            panel.set(roles=said)
+
+
+def test_a_repair_writes_its_line_and_reads_again(loaded: FakeSession) -> None:
+    panel = DatasetMapper(loaded)
+    assert panel._buttons["faulty_drop"].disabled
     panel.click("read")
+    shown = [row for row in panel._repairs.children if row.layout.display != "none"]
+    assert len(shown) == 1 and "Drop rows: plain" in inert(shown[0].children[1].value).text
+    panel.click("faulty_drop")
+    assert loaded.calls[-1][2]["recipe"].faulty == "drop" and panel.values()["faulty"] == "drop"
+    assert 'faulty="drop"' in panel.code()
     with pytest.raises(ConfigError, match="nothing to do"):
-        panel.click("previous")
-    panel.click("next")
-    assert panel.values()["row"] == 2 and '"user": "plain 2"' in inert(panel._view.value).text
-    panel.set(row=4)
+        panel.click("faulty_drop")
     with pytest.raises(ConfigError, match="nothing to do"):
-        panel.click("next")
-    for row in (0, 5, -3, 10**9):
-        with pytest.raises(ConfigError, match="numbered from 1 to 4"):
-            panel.set(row=row)
-        assert panel.values()["row"] in (1, 4)
+        panel.click("too_long_cut")
+
+
+def test_reading_tells_how_far_it_is_and_the_loop_goes_on(loaded: FakeSession) -> None:
+    loaded.pause, loaded.chunks = 0.02, 40
+
+    async def main() -> tuple[DatasetMapper, set[str], int]:
+        panel = DatasetMapper(loaded)
+        panel.click("read")
+        seen, ticks = set(), 0
+        while panel._tasks:
+            await asyncio.sleep(0.05)
+            ticks += 1
+            seen.add(inert(panel._progress.value).text)
+        await panel.finished()
+        return panel, seen, ticks
+
+    panel, seen, ticks = asyncio.run(main())
+    told = [text for text in seen if "of 4,000 rows" in text]
+    assert ticks > 5 and len(told) > 2 and all("rows/s" in text and "left" in text for text in told)
+    assert panel._progress.value == "" and loaded.data is not None and panel._buttons["stop"].disabled
+
+
+def test_reading_can_be_stopped_and_leaves_the_data_as_they_were(ready: FakeSession) -> None:
+    ready.pause, ready.chunks = 0.02, 500
+    before = ready.data
+
+    async def main() -> DatasetMapper:
+        panel = DatasetMapper(ready)
+        panel.set(source="other.jsonl")
+        panel.click("read")
+        await asyncio.sleep(0.2)
+        assert panel._buttons["read"].disabled
+        panel.click("stop")
+        await panel.finished()
+        return panel
+
+    panel = asyncio.run(main())
+    assert ready.data is before and "Reading was stopped" in panel.said.value and not panel._buttons["read"].disabled
 
 
 @pytest.mark.parametrize(("said", "value"), [("", None), ("30", 30), ("0.1", 0.1), ("eval.jsonl", "eval.jsonl")])
@@ -212,11 +298,24 @@ def test_held_out_takes_a_number_a_share_or_a_source(loaded: FakeSession, said: 
 
 def test_the_boxes_of_the_format_are_shown(session: FakeSession) -> None:
     panel = DatasetMapper(session)
-    assert not [role for role, box in panel._roles.items() if box.layout.display != "none"]
-    panel.set(format="alpaca")
-    assert [role for role, box in panel._roles.items() if box.layout.display != "none"] == ["instruction", "input", "output"]
+
+    def shown() -> list[str]:
+        return [role for role, box in panel._columns.boxes.items() if box.layout.display != "none"]
+
+    assert not shown()
+    for form, roles in ROLES.items():
+        panel.set(format=form)
+        assert set(shown()) == set(roles)
     with pytest.raises(ConfigError, match="no role of a column; use instruction"):
         panel.set(columns={"reply": "x"})
+
+
+def test_formats_and_roles_are_those_of_the_engine() -> None:
+    from nbkit.data import conversion
+
+    assert {form: list(roles) for form, roles in ROLES.items()} == {form: list(roles) for form, roles in conversion.ROLES.items()}
+    for options, known in ((_mapping.FORMATS, FORMATS), (_mapping.TRAIN_ON, TRAIN_ON), (_mapping.TOO_LONG, TOO_LONG)):
+        assert [value for _, value in options] == list(known)
 
 
 def test_a_missing_file_is_a_sentence(loaded: FakeSession) -> None:
@@ -226,16 +325,19 @@ def test_a_missing_file_is_a_sentence(loaded: FakeSession) -> None:
     assert "There is no file missing.jsonl" in panel.said.value
     with pytest.raises(DataError):
         panel.click("read")
+    panel.set(source=" ")
+    with pytest.raises(DataError, match="There is no source yet"):
+        panel.click("read")
 
 
 def test_the_mapper_shows_what_code_has_read(ready: FakeSession) -> None:
     panel = DatasetMapper(ready)
-    assert panel.values()["source"] == "sample:ships-log" and "Row 3 of the source" in panel._view.value
+    assert panel.values()["source"] == "sample:ships-log" and "Row 3 of the source" in panel.inspector._tokens.value
     ready.use_data("other.jsonl", held_out=3)
     assert panel.values()["source"] == "other.jsonl" and panel.values()["held_out"] == 3
     ready.data = None
     ready._changed("model")
-    assert panel._view.value == "" and panel._found.value == ""
+    assert panel.inspector._tokens.value == "" and panel._found.value == ""
 
 
 # -- training --------------------------------------------------------------------------------------
@@ -467,6 +569,8 @@ def test_whatever_the_world_says_is_shown_as_text(tmp_path: Path, said: str) -> 
         lora.click("add")
         given(data, source=name, format="alpaca", columns={"output": said}, system=said or None)
         data.click("read")
+        await data.finished()
+        data.inspector.set(view="batch")
         chat.set(prompt="hi")
         given(chat, prompt=said or "hi")
         chat._buttons["send"].click()

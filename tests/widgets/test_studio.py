@@ -28,6 +28,7 @@ def test_the_steps_open_one_after_the_other(tmp_path: Path) -> None:
         shown.click("lora.add")
         assert opened(shown) == ["data"]
         shown.click("data.read")
+        await shown.data.finished()
         assert opened(shown) == ["data", "training"]
         run = await shown.train()
         assert run is shown.session.run and run.status == "finished"

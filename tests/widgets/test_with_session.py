@@ -47,8 +47,13 @@ def test_the_studio_drives_the_engine(tmp_path: Path, tiny_model_dir: Path, rows
     shown.click("data.read")
     found = inert(shown.data._found.value).text
     assert "alpaca" in found and "Row 4: " in found
-    view = inert(shown.data._view.value).text
-    assert "<img src=x onerror=alert(" in view and "that is all.<|im_end|>" in view.replace("⟦", "").replace("⟧", "")
+    shown.click("data.faulty_drop")
+    assert shown.session.data.dropped == 1 and "recipe=nbkit.DataRecipe(" in shown.data.code()
+    view = inert(shown.data.inspector._tokens.value).text
+    assert "<img src=x onerror=alert(" in view and "that is all.<|im_end|>⟧" in view
+    shown.training.set(batch_size=3)
+    shown.data.inspector.set(view="batch")
+    assert "3 rows × " in inert(shown.data.inspector._tokens.value).text
     assert shown.data.values()["columns"] == {"instruction": "instruction", "output": "output"}
 
     asyncio.run(_train_and_ask(shown))
