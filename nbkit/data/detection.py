@@ -190,15 +190,21 @@ def _candidates(source: Source, columns: Sequence[str]) -> list[_Candidate]:
     """Every reading that at least one of the first rows fits, the more telling ones first."""
     values = [row.value for row in source.head if isinstance(row.value, Mapping)]
     lower = {column.casefold(): column for column in reversed(columns)}
-    found = [*_by_names(values, lower), *_by_turns(values, columns), *_by_pairs(values, lower)]
-    found += _texts(values, columns, lower, bool(found))
+    named = [*_by_names(values, lower), *_by_turns(values, columns), *_by_pairs(values, lower)]
+    found = [one for one in named if one.rows and not any(_within(one, other) for other in named)]
+    found += [one for one in _texts(values, columns, lower, bool(found)) if one.rows]
     wanted = {role for roles in ROLES.values() for role in roles if role in ("system", "tools")}
     extra = {role: lower[role] for role in wanted if role in lower and _suits(role, lower[role], values)}
     filled = []
     for one in found:
         more = {role: column for role, column in extra.items() if role in ROLES[one.form] and column not in one.columns.values()}
         filled.append(one._replace(columns={**one.columns, **more}))
-    return [candidate for candidate in filled if candidate.rows]
+    return filled
+
+
+def _within(one: _Candidate, other: _Candidate) -> bool:
+    """Whether a reading is but a part of another one: the turns in the column chosen are no set of their own."""
+    return set(one.columns.values()) < set(other.columns.values()) and one.rows <= other.rows
 
 
 def _by_names(values: Sequence[Mapping[str, Any]], lower: Mapping[str, str]) -> Iterable[_Candidate]:
@@ -275,7 +281,7 @@ def _by_pairs(values: Sequence[Mapping[str, Any]], lower: Mapping[str, str]) -> 
             columns = {"prompt": lower[prompt], "completion": lower[completion]}
             rows = frozenset(i for i, value in enumerate(values) if all(isinstance(value.get(c), str) for c in columns.values()))
             reason = f"the columns {lower[prompt]!r} and {lower[completion]!r} are usual names of a prompt and its completion"
-            yield _Candidate("prompt_completion", columns, reason, 0.7, rows)
+            yield _Candidate("prompt_completion", columns, reason, 0.65, rows)
 
 
 def _texts(
