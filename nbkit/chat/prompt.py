@@ -7,16 +7,14 @@ turn and speak as the assistant.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from nbkit.data.findings import RowFault
-from nbkit.data.template import Rendered, Renderer
+from nbkit.data.template import Renderer, Row
 from nbkit.errors import DataError
 
 Messages = Sequence[Mapping[str, str]]
 ROLES = ("system", "user", "assistant")
-MARK = "\ue000"  # stands for a reply where the template is asked what follows one
 
 
 def conversation(prompt: str | Messages, system: str | None = None) -> list[dict[str, str]]:
@@ -37,56 +35,26 @@ def conversation(prompt: str | Messages, system: str | None = None) -> list[dict
     return given
 
 
-def encode(tokenizer: Any, conversations: Iterable[Sequence[Mapping[str, str]]]) -> list[list[int]]:
+def encode(tokenizer: Any, conversations: Iterable[Sequence[Mapping[str, str]]], template: str | None = None) -> list[list[int]]:
     """Token ids of each conversation up to where the reply begins. No special token is added to the template's own.
+
+    `template` is that of the recipe; None is the tokenizer's own.
 
     Raises: DataError if there is no chat template or it refuses the messages.
     """
-    renderer = Renderer(tokenizer)
-    found = []
-    for messages in conversations:
-        text = _rendered(tokenizer, messages)
-        if any(control in message["content"] for message in messages for control in renderer.controls):
-            found.append(_plainly(renderer, messages, text))
-        else:
-            found.append(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    return found
+    found = Renderer(tokenizer, template).prompt_ids([Row(messages) for messages in conversations])
+    for one in found:
+        if isinstance(one, RowFault):
+            raise DataError(f"The prompt cannot be asked: {one.sentence}; change it, or choose another template.") from one
+    return [one for one in found if not isinstance(one, RowFault)]
 
 
-def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
-    try:
-        return tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # whatever a template's own code may raise
-        raise DataError(f"The chat template refuses these messages: {str(error).strip() or type(error).__name__}") from error
-
-
-def _plainly(renderer: Renderer, messages: Sequence[Mapping[str, str]], text: str) -> list[int]:
-    """The ids of a text whose messages spell control tokens."""
-    try:
-        # As training renders it, with the generation prompt after it: so both have the same ids.
-        rendered = renderer.render([dict(m) for m in messages])
-        if not text.startswith(rendered.text):
-            raise RowFault("template_rewrites", "the chat template changes texts, so a control token in them cannot stay plain")
-        whole: Rendered = replace(rendered, text=text, trained=())
-        labelled = renderer.label([whole])[0]
-        if isinstance(labelled, RowFault):
-            raise labelled
-    except RowFault as fault:
-        raise DataError(f"The prompt cannot be asked: {fault.sentence}; leave the control token out.") from fault
-    return labelled.input_ids
-
-
-def stop_ids(model: Any, tokenizer: Any) -> set[int]:
+def stop_ids(model: Any, tokenizer: Any, template: str | None = None) -> set[int]:
     """Ids that end a reply: those the checkpoint names, and the token its chat template puts after one."""
     found: set[int] = set()
     configs = (getattr(model, "generation_config", None), model.config)
     for value in (tokenizer.eos_token_id, *(getattr(config, "eos_token_id", None) for config in configs)):
         found |= {value} if isinstance(value, int) else set(value or ())
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "x"}, {"role": "assistant", "content": MARK}], tokenize=False
-    )
-    after = text.partition(MARK)[2].lstrip()
-    specials = [token for token in Renderer(tokenizer).controls if token and after.startswith(token)]
-    if specials:
-        found.add(tokenizer.convert_tokens_to_ids(max(specials, key=len)))
+    if stop := Renderer(tokenizer, template).stop_token():
+        found.add(tokenizer.convert_tokens_to_ids(stop))
     return found

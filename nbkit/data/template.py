@@ -1,285 +1,313 @@
-"""Conversations rendered with the tokenizer's own chat template, and the replies labelled exactly.
+"""Conversations rendered with a chat template, and the replies labelled exactly.
 
-The label mask never comes from searching token ids. The template is rendered once with a placeholder for every text
-of the conversation; what stands around the placeholders is the template's own text, so that each reply's place
-in the real rendering is known in characters. Those spans go through the offsets of the fast tokenizer to tokens:
+The label mask never comes from searching token ids. The template is rendered once with marks for the texts of the
+conversation (`nbkit.data.skeleton`); what stands around them is the template's own text, so that each reply's place in the
+real rendering is known in characters. Those spans go through the offsets of the fast tokenizer to tokens:
 
     <|im_start|>user\\nHello<|im_end|>\\n<|im_start|>assistant\\nHi there<|im_end|>\\n
                                                          ^^^^^^^^^^^^^^^^^^ trained
 
 Trained are the reply and the stop token that the template puts after it, which is so also where the stop token is the
-padding token. What the template writes between its generation prompt and the reply (the empty thinking block of some
-models) is trained as well, since the model has to write it. BOS stands where the template puts it and nowhere else.
+padding token. A reply is what the model writes at inference: its thinking as far as the template shows it, its text, its tool
+calls, and what the template writes between the generation prompt and the reply (the empty thinking block of some models).
+What a tool answers is never trained. BOS stands where the template puts it and nowhere else, and is never trained.
 
 The template is kept as it is: if it adds a default system message to rows that have none (about 20 tokens a row with
 SmolLM2), so does the chat, and the two agree. `DataRecipe.system` puts another one there; an empty string leaves
-only its empty frame.
+only its empty frame. Dates are frozen, see `nbkit.data.jinja_worker`.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nbkit.config import IGNORE_INDEX
+import numpy as np
+
+from nbkit.data import sandbox
 from nbkit.data.findings import RowFault
-from nbkit.data.formats import Message
+from nbkit.data.jinja_worker import Job
+from nbkit.data.masks import Ints, Labelled, Span, arrays, labelled, pieces_of, tiled, trained_mask
+from nbkit.data.skeleton import Marked, Skeleton, build, cut, mark, match, prepared
+from nbkit.data.templates.catalog import Resolved, resolve
 from nbkit.errors import DataError
 
-Span = tuple[int, int]  # characters [start, end) of the rendered text
+__all__ = ["Labelled", "Rendered", "Renderer", "Row", "Span", "pieces_of", "tiled", "trained_mask"]
+
+KEPT_SKELETONS = 4096  # shapes of conversations that are remembered
+
+
+@dataclass(frozen=True)
+class Row:
+    """A conversation to be rendered. `completion_start`: the first message of the completion, for train_on="completions"."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Any] | None = None
+    completion_start: int | None = None
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """One conversation as text. `trained`: spans of the replies with their stop tokens; `texts`: spans of all messages."""
+    """One conversation as text.
+
+    Attributes:
+        trained: the characters that are trained: the replies with their stop tokens.
+        texts: the characters of all texts of the messages.
+        notes: what is worth a warning: (kind, sentence).
+        raw: is it text without a template? Then control tokens spelled in it are control tokens.
+    """
 
     text: str
     trained: tuple[Span, ...]
     texts: tuple[Span, ...]
     notes: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """One example. `labels` are the ids, or -100 where no loss is borne; `spans` the characters of each token."""
-
-    input_ids: list[int]
-    labels: list[int]
-    spans: list[Span]
-
-
-@dataclass(frozen=True)
-class _Skeleton:
-    """What the template writes around the texts of a conversation with these roles."""
-
-    pieces: tuple[str, ...]  # one more than `order`: before, between and after the texts
-    order: tuple[int, ...]  # the messages, as their texts appear
-    leads: dict[int, int]  # message → characters before the reply that the model has to write too
+    raw: bool = False
 
 
 class Renderer:
     """Renders and labels conversations for one tokenizer.
 
-    Raises: DataError if the tokenizer has no chat template, or cannot tell where in the text its tokens lie.
+    Args:
+        template: None is the tokenizer's own; else a name (`nbkit.data.templates`) or Jinja text.
+        train_on: "replies", "last_reply", "completions" (the replies from `completion_start` on; the last one where there is
+            no such place) or "all" (every token but a BOS at the start).
+
+    Raises: DataError if there is no such template, or the tokenizer cannot tell where in the text its tokens lie.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        if not tokenizer.chat_template:
-            raise DataError(
-                f"The tokenizer of {name} has no chat template, as is usual for base models; load an instruct checkpoint, "
-                "or set tokenizer.chat_template to the Jinja template the model is to learn."
-            )
+    def __init__(self, tokenizer: Any, template: str | None = None, train_on: str = "replies") -> None:
+        self.resolved = resolve(template, tokenizer)
         if not tokenizer.is_fast:
+            name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
             raise DataError(
                 f"The tokenizer of {name} is not a fast one and does not tell where its tokens lie in the text; "
                 "load a checkpoint that has a tokenizer.json."
             )
         self.tokenizer = tokenizer
+        self.train_on = train_on
+        self._with_tools = resolve(template, tokenizer, tools=True)
         added = tokenizer.added_tokens_decoder.values()
         self.controls = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
+        if self.resolved.stop:
+            self.controls.add(self.resolved.stop)
         longest_first = sorted(filter(None, self.controls), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._skeletons: dict[tuple[tuple[str, bool], ...], _Skeleton] = {}
+        self._skeletons: dict[tuple[str, str, bool], Skeleton | RowFault] = {}
 
     # -- text ------------------------------------------------------------------------------------------
 
-    def render(self, messages: Sequence[Message]) -> Rendered:
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, completion_start: int | None = None
+    ) -> Rendered:
         """The text of a conversation, with the characters of its replies.
 
         Raises: RowFault if the template refuses the messages, or changes a text so that its place is not certain.
         """
-        shape = tuple((message["role"], bool(message["content"])) for message in messages)
-        for _ in range(2):  # a template may write the time: what was seen before is looked at afresh once
-            text = self._apply(messages)
-            places = self._match(text, messages, self._skeleton(shape))
-            if places is not None:
-                return self._trained(text, messages, places, self._skeleton(shape))
-            del self._skeletons[shape]
-        raise RowFault("template_rewrites", "the chat template changes the texts, so that where the replies lie is not certain")
+        (found,) = self.render_rows([Row(messages, tools, completion_start)])
+        if isinstance(found, RowFault):
+            raise found
+        return found
 
-    def _apply(self, messages: Sequence[Message], prompt: bool = False) -> str:
+    def render_rows(self, rows: Sequence[Row], prompt: bool = False) -> list[Rendered | RowFault]:
+        """The texts of many conversations, or what is wrong with each; quicker than one by one.
+
+        With `prompt` each ends in the generation prompt, as it is given to the model, and nothing is trained.
+        """
+        given = [prepared(row.messages) for row in rows]
+        marks = [mark(messages) for messages in given]
+        tools = [list(row.tools) if row.tools else None for row in rows]
+        texts = self._apply([(messages, tool, prompt) for messages, tool in zip(given, tools, strict=True)])
+        keys = [(m.key, json.dumps(tool, sort_keys=True) if tool else "", prompt) for m, tool in zip(marks, tools, strict=True)]
+        for key, m, tool in {key: (key, m, tool) for key, m, tool in zip(keys, marks, tools, strict=True)}.values():
+            if key not in self._skeletons:
+                if len(self._skeletons) >= KEPT_SKELETONS:
+                    self._skeletons.clear()
+                self._skeletons[key] = self._skeleton(m, tool, prompt)
+        found: list[Rendered | RowFault] = []
+        for row, text, m, key in zip(rows, texts, marks, keys, strict=True):
+            try:
+                found.append(self._placed(row, text, m, key))
+            except RowFault as fault:
+                found.append(fault)
+        return found
+
+    def render_text(self, text: str) -> Rendered:
+        """Text without a template: BOS if the tokenizer adds one, the text, the end-of-sequence token; each once, and all but
+        BOS trained. Control tokens spelled in it count as such: it may have been rendered before it was given."""
+        bos, eos = self._bos() or "", self.tokenizer.eos_token or ""
+        start = 0 if text.startswith(bos) else len(bos)
+        whole = (bos if start else "") + text + ("" if eos and text.rstrip().endswith(eos) else eos)
+        notes = () if eos else (("no_stop", "the tokenizer has no end-of-sequence token to put after the text"),)
+        return Rendered(whole, ((len(bos), len(whole)),), ((start, start + len(text)),), notes, raw=True)
+
+    def _bos(self) -> str | None:
+        """The BOS token, if the tokenizer puts one before a text."""
+        bos = self.tokenizer.bos_token_id
+        return self.tokenizer.bos_token if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos] else None
+
+    def _apply(self, jobs: Sequence[Job]) -> list[str | RowFault]:
+        """The template's texts: messages, tools, and is the generation prompt wanted?"""
+        with_tools = [number for number, job in enumerate(jobs) if job[1]]
+        if with_tools and self._with_tools != self.resolved:
+            found = dict(zip(with_tools, self._run(self._with_tools, [jobs[number] for number in with_tools]), strict=True))
+            rest = [number for number in range(len(jobs)) if number not in found]
+            found |= dict(zip(rest, self._run(self.resolved, [jobs[number] for number in rest]), strict=True))
+            return [found[number] for number in range(len(jobs))]
+        return self._run(self.resolved, jobs)
+
+    def _run(self, template: Resolved, jobs: Sequence[Job]) -> list[str | RowFault]:
+        names = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items() if isinstance(token, str)}
+        return (sandbox.render_here if template.known else sandbox.worker.render)(template.text, names, jobs)
+
+    def _skeleton(self, marked: Marked, tools: list[Any] | None, prompt: bool) -> Skeleton | RowFault:
+        """What the template writes around the texts of conversations like this one."""
+        if self._control.search(marked.key) or (tools and self._control.search(json.dumps(tools, ensure_ascii=False))):
+            return RowFault("control_text", "a name in a tool call, or a tool, spells a control token")
+        if prompt:
+            (full,) = self._apply([(marked.messages, tools, True)])
+            return full if isinstance(full, RowFault) else Skeleton(*cut(full))
+        replies = [number for number, message in enumerate(marked.messages) if message["role"] == "assistant"]
+        parts: list[Job] = [(marked.messages[:number], tools, asked) for number in replies if number for asked in (False, True)]
+        full, *before = self._apply([(marked.messages, tools, False), *parts])
+        if isinstance(full, RowFault):
+            return full
+        pairs = zip([number for number in replies if number], zip(before[::2], before[1::2], strict=True), strict=True)
+        known = {n: (a, b) if isinstance(a, str) and isinstance(b, str) else None for n, (a, b) in pairs}
         try:
-            return self.tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=prompt)
-        except Exception as error:  # whatever a template's own code may raise
-            raise RowFault("template", f"the chat template refuses it: {str(error).strip() or type(error).__name__}") from error
+            return build(marked, full, {number: known.get(number) for number in replies}, self._stop)
+        except RowFault as fault:
+            return fault
 
-    def _skeleton(self, shape: tuple[tuple[str, bool], ...]) -> _Skeleton:
-        if shape not in self._skeletons:
-            marks = [f"\ue000{i}\ue001" if filled else "" for i, (_, filled) in enumerate(shape)]
-            marked = [{"role": role, "content": mark} for (role, _), mark in zip(shape, marks, strict=True)]
-            text = self._apply(marked)
-            found = [(match.start(), match.end(), int(match[1])) for match in re.finditer("\ue000(\\d+)\ue001", text)]
-            edges = [0, *(edge for start, end, _ in found for edge in (start, end)), len(text)]
-            pieces = tuple(text[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True))
-            order = tuple(index for _, _, index in found)
-            leads = {i: self._lead(marked, i, text, start) for start, _, i in found if shape[i][0] == "assistant"}
-            for index, (role, _) in enumerate(shape):
-                times = order.count(index)
-                if role == "assistant" and times != 1:
-                    raise RowFault("template_rewrites", f"the chat template writes the reply of turn {index + 1} {times} times")
-            self._skeletons[shape] = _Skeleton(pieces, order, leads)
-        return self._skeletons[shape]
-
-    def _lead(self, marked: list[Message], index: int, text: str, start: int) -> int:
-        """Characters between the generation prompt and the reply: at inference the model itself writes them."""
-        try:
-            plain, prompt = self._apply(marked[:index]), self._apply(marked[:index], prompt=True)
-        except RowFault:
-            return 0
-        if not text.startswith(prompt) or len(prompt) > start:
-            return 0
-        lead = text[len(prompt) : start]
-        # A template without a generation prompt leaves the header of the turn; only white space is then the model's.
-        return len(lead) if prompt != plain or not lead.strip() else 0
-
-    @staticmethod
-    def _match(text: str, messages: Sequence[Message], skeleton: _Skeleton) -> list[Span] | None:
-        """The span of each text in `skeleton.order`, or None if the text is not the pieces around the messages' texts."""
-        if not text.startswith(skeleton.pieces[0]):
-            return None
-        at, spans = len(skeleton.pieces[0]), []
-        for number, index in enumerate(skeleton.order):
-            content, after = messages[index]["content"], skeleton.pieces[number + 1]
-            last = number + 1 == len(skeleton.order)
-            for form in dict.fromkeys((content, content.strip(), content.rstrip(), content.lstrip())):
-                end = at + len(form)
-                if text.startswith(form, at) and (text[end:] == after if last else text.startswith(after, end)):
-                    break
-            else:
-                return None
-            spans.append((at, end))
-            at = end + len(after)
-        return spans
-
-    def _trained(self, text: str, messages: Sequence[Message], places: list[Span], skeleton: _Skeleton) -> Rendered:
-        replies = [(number, index) for number, index in enumerate(skeleton.order) if messages[index]["role"] == "assistant"]
-        stop = self._stop(skeleton.pieces[replies[-1][0] + 1]) if replies else ""
-        trained, notes = [], []
-        for number, index in replies:
-            (start, end), after = places[number], skeleton.pieces[number + 1]
-            tail = stop if stop and after.startswith(stop) else ""
-            if not tail and not notes:
-                notes.append(("no_stop", f"the chat template puts no stop token after the reply of turn {index + 1}"))
-            trained.append((start - skeleton.leads[index], end + len(tail)))
-        for index, message in enumerate(messages):
-            if found := self._control.search(message["content"]):
-                notes.append(("control_text", f"the text of turn {index + 1} spells the control token {found[0]!r}"))
+    def _placed(self, row: Row, text: str | RowFault, marked: Marked, key: tuple[str, str, bool]) -> Rendered:
+        """A rendering with its spans. Raises: RowFault."""
+        skeleton = self._skeletons[key]
+        for fault in (text, skeleton):
+            if isinstance(fault, RowFault):
+                raise RowFault(fault.kind, fault.sentence)
+        assert isinstance(text, str) and isinstance(skeleton, Skeleton)
+        places = match(text, marked.texts, skeleton)
+        if places is None:
+            raise RowFault(
+                "template_rewrites", "the chat template changes the texts, so that where the replies lie is not certain"
+            )
+        notes = list(skeleton.notes)
+        for number, one in enumerate(marked.texts):
+            if found := self._control.search(one):
+                sentence = f"the text of turn {marked.owners[number] + 1} spells the control token {found[0]!r}"
+                notes.append(("control_text", sentence))
                 break
-        return Rendered(text, tuple(trained), tuple(places), tuple(notes))
+        return Rendered(text, self._trained(row, text, places, skeleton), tuple(places), tuple(notes))
 
-    def _stop(self, after: str) -> str:
-        """The stop token right after a reply, with the white space before it; '' if there is none."""
+    def _trained(self, row: Row, text: str, places: Sequence[Span], skeleton: Skeleton) -> tuple[Span, ...]:
+        if self.train_on == "all":
+            bos = self.tokenizer.bos_token
+            return ((len(bos) if bos and text.startswith(bos) else 0, len(text)),)
+        spans = [(t.message, (places[t.first][0] - t.lead, places[t.last][1] + t.tail)) for t in skeleton.turns]
+        if self.train_on == "completions" and row.completion_start is not None:
+            return tuple(span for message, span in spans if message >= row.completion_start)
+        return tuple(span for _, span in (spans if self.train_on == "replies" else spans[-1:]))
+
+    def _stop(self, after: str, called: bool) -> str:
+        """What ends a reply in the text after it, up to and with the stop token; '' if nothing does.
+
+        The stop token follows the reply at once, or after white space. After a tool call the template still closes the call.
+        """
+        if called:
+            known = [stop for stop in (self.resolved.stop, self.tokenizer.eos_token) if stop and stop in after]
+            found = self._control.search(after)
+            ends = [after.index(stop) + len(stop) for stop in known] or ([found.end()] if found else [0])
+            return after[: min(ends)]
         bare = after.lstrip()
         found = self._control.match(bare)
         return after[: len(after) - len(bare)] + found[0] if found else ""
+
+    def stop_token(self) -> str | None:
+        """The token that the template puts after a reply; None if it puts none there."""
+        asked = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+        (found,) = self.render_rows([Row(asked)])
+        if isinstance(found, RowFault) or any(kind == "no_stop" for kind, _ in found.notes):
+            return None
+        places = self._control.findall(found.text[found.texts[-1][1] :])
+        return places[0] if places else None
 
     # -- tokens ----------------------------------------------------------------------------------------
 
     def label(self, rendered: Sequence[Rendered]) -> list[Labelled | RowFault]:
         """Ids and labels of many conversations; the ids are those of the template's own tokenisation."""
         encoded = self._encode([one.text for one in rendered])
-        labelled: list[Labelled | RowFault] = []
+        found: list[Labelled | RowFault] = []
         for one, (ids, offsets) in zip(rendered, encoded, strict=True):
-            if any(kind == "control_text" for kind, _ in one.notes):
-                try:
+            try:
+                if one.raw:
+                    ids, offsets = self._raw(one)
+                elif any(kind == "control_text" for kind, _ in one.notes):
                     ids, offsets = self._plainly(one)
-                except RowFault as fault:
-                    labelled.append(fault)
-                    continue
-            spans = tiled(one.text, offsets)
-            mask = trained_mask(spans, one.trained)
-            labels = [i if trained else IGNORE_INDEX for i, trained in zip(ids, mask, strict=True)]
-            labelled.append(Labelled(ids, labels, spans))
-        return labelled
+                found.append(labelled(one.text, ids, offsets, one.trained))
+            except RowFault as fault:
+                found.append(fault)
+        return found
 
-    def _encode(self, texts: list[str], plain: bool = False) -> list[tuple[list[int], list[Span]]]:
-        if not texts:
-            return []
-        batch = self.tokenizer(
-            texts,
-            add_special_tokens=False,  # the template has written them
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            truncation=False,
-            padding=False,
-            verbose=False,
-            split_special_tokens=plain,
-        )
-        return list(zip(batch["input_ids"], batch["offset_mapping"], strict=True))
+    def prompt_ids(self, rows: Sequence[Row]) -> list[list[int] | RowFault]:
+        """Ids of each conversation up to where the reply begins, as training has them."""
+        rendered = self.render_rows(rows, prompt=True)
+        good = [one for one in rendered if isinstance(one, Rendered)]
+        found = iter(self.label(good))
+        made = [one if isinstance(one, RowFault) else next(found) for one in rendered]
+        return [one if isinstance(one, RowFault) else one.input_ids.tolist() for one in made]
 
-    def _plainly(self, one: Rendered) -> tuple[list[int], list[Span]]:
+    def _encode(self, texts: Sequence[str], plain: bool = False) -> list[tuple[Ints, Ints]]:
+        """Ids and offsets of each text; nothing is added, the template has written the special tokens."""
+        backend = self.tokenizer.backend_tokenizer
+        for ask, clear in ((backend.truncation, backend.no_truncation), (backend.padding, backend.no_padding)):
+            if ask is not None:
+                clear()
+        was = backend.encode_special_tokens
+        backend.encode_special_tokens = plain
+        try:
+            return [arrays(encoding) for encoding in backend.encode_batch(list(texts), add_special_tokens=False)]
+        finally:
+            backend.encode_special_tokens = was
+
+    def _raw(self, one: Rendered) -> tuple[Ints, Ints]:
+        """Tokens of raw text: BOS, and then the text as the tokenizer takes a text that stands alone."""
+        start = one.trained[0][0]
+        ((ids, offsets),) = self._encode([one.text[start:]])
+        if start:
+            first = np.array([self.tokenizer.bos_token_id], dtype=np.int32)
+            ids, offsets = np.concatenate((first, ids)), np.concatenate(([[0, start]], offsets + start)).astype(np.int32)
+        return ids, offsets
+
+    def _plainly(self, one: Rendered) -> tuple[Ints, Ints]:
         """Tokens of a text in whose messages control tokens are spelled: there they stay plain characters.
 
         The text is cut at the template's own control tokens. That the cut changes nothing else is checked on the
         same text with the spelled tokens blotted out. Raises: RowFault if it does.
         """
-        blotted = list(one.text)
+        letters = list(one.text)
         for start, end in one.texts:
             for found in self._control.finditer(one.text, start, end):
-                blotted[found.start() : found.end()] = "x" * len(found[0])
-        own = [found.span() for found in self._control.finditer("".join(blotted))]
-        if self._cut("".join(blotted), own) != self._encode(["".join(blotted)])[0]:
+                letters[found.start() : found.end()] = "x" * len(found[0])
+        blotted = "".join(letters)
+        own = [found.span() for found in self._control.finditer(blotted)]
+        parts, whole = self._cut(blotted, own), self._encode([blotted])[0]
+        if not all(np.array_equal(a, b) for a, b in zip(parts, whole, strict=True)):
             raise RowFault("control_text", "a message spells a control token, which this tokenizer cannot keep as plain text")
         return self._cut(one.text, own)
 
-    def _cut(self, text: str, controls: list[Span]) -> tuple[list[int], list[Span]]:
+    def _cut(self, text: str, controls: list[Span]) -> tuple[Ints, Ints]:
         edges = [0, *(edge for span in controls for edge in span), len(text)]
         between = list(zip(edges[::2], edges[1::2], strict=True))
         encoded = self._encode([text[a:b] for a, b in between], plain=True)
-        ids: list[int] = []
-        offsets: list[Span] = []
+        ids: list[Ints] = []
+        offsets: list[Ints] = []
         for number, ((start, _), (part, places)) in enumerate(zip(between, encoded, strict=True)):
-            ids += part
-            offsets += [(a + start, b + start) for a, b in places]
+            ids.append(part)
+            offsets.append(places + start)
             if number < len(controls):
                 a, b = controls[number]
-                ids.append(self.tokenizer.convert_tokens_to_ids(text[a:b]))
-                offsets.append((a, b))
-        return ids, offsets
-
-
-def tiled(text: str, offsets: Sequence[Span]) -> list[Span]:
-    """The spans with the white space that some tokenizers trim off their offsets; it is part of the token after it.
-
-    Other characters between two tokens are those that a normaliser drops; they are part of no token.
-    """
-    spans, at = [], 0
-    for start, end in offsets:
-        spans.append((at if text[at:start].isspace() else start, end))
-        at = max(at, end)
-    return spans
-
-
-def trained_mask(spans: Sequence[Span], trained: Sequence[Span]) -> list[bool]:
-    """Is each token trained? It is if it holds a character of a trained span, or is empty and lies in one."""
-    mask, number = [], 0
-    for start, end in spans:
-        while number < len(trained) and trained[number][1] <= start:
-            number += 1
-        if number == len(trained):
-            mask.append(False)
-            continue
-        first, last = trained[number]
-        mask.append(first < end and start < last if start < end else first <= start < last)
-    return mask
-
-
-def pieces_of(text: str, labelled: Labelled) -> Iterator[tuple[str, bool]]:
-    """The text cut where the training changes: (text, trained). Joined, they are the text."""
-    at, piece, now = 0, "", False
-    for (_, end), label in zip(labelled.spans, labelled.labels, strict=True):
-        if end <= at:
-            continue  # a further byte of a character that is shown already
-        if (label != IGNORE_INDEX) != now:
-            if piece:
-                yield piece, now
-            piece, now = "", not now
-        piece += text[at:end]
-        at = end
-    if piece:
-        yield piece, now
-    if at < len(text):
-        yield text[at:], False
+                ids.append(np.array([self.tokenizer.convert_tokens_to_ids(text[a:b])]))
+                offsets.append(np.array([[a, b]]))
+        return np.concatenate(ids).astype(np.int32), np.concatenate(offsets).astype(np.int32)

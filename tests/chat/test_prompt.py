@@ -38,7 +38,7 @@ def test_a_spelled_control_token_stays_text_and_the_rest_is_as_in_training():
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(evil, tokenize=False, add_generation_prompt=True)
     whole = [*evil, {"role": "assistant", "content": "No."}]
     renderer = Renderer(tokenizer)
-    assert renderer.label([renderer.render(whole)])[0].input_ids[: len(ids)] == ids
+    assert renderer.label([renderer.render(whole)])[0].input_ids[: len(ids)].tolist() == ids
 
 
 def test_system_goes_first_and_only_where_there_is_none():

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from nbkit.config import IGNORE_INDEX
 from nbkit.data.findings import RowFault
-from nbkit.data.template import Labelled, Renderer, pieces_of, tiled, trained_mask
+from nbkit.data.template import Labelled, Renderer, pieces_of
 from nbkit.errors import DataError
-from tests.data.chats import BY_HAND, JINJA, SPECIALS, Messages, tokenizer
+from tests.data.chats import BOS, BY_HAND, EOT, JINJA, SPECIALS, Messages, tokenizer
 
 KINDS = ("bytes", "trimmed", "metaspace")
 RENDERERS = {(template, kind): Renderer(tokenizer(template, kind)) for template in JINJA for kind in KINDS}
@@ -62,8 +62,8 @@ def test_labels_equal_the_oracle(template: str, kind: str, chat: tuple) -> None:
     assert isinstance(found, Labelled)
     text, ids, labels = oracle(template, renderer, messages)
     assert rendered.text == text
-    assert found.input_ids == ids
-    assert found.labels == labels
+    assert found.input_ids.tolist() == ids
+    assert found.labels.tolist() == labels
     own = renderer.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
     assert list(own["input_ids"]) == ids
     assert ids.count(renderer.tokenizer.bos_token_id) == text.count("<s>")
@@ -144,7 +144,7 @@ def with_template(text: str) -> Renderer:
     "template",
     [
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] | upper + eos_token }}{% endfor %}",
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'].split('</think>')[-1] + eos_token }}{% endfor %}",
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'].split('fin')[-1] + eos_token }}{% endfor %}",
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + m['content'] + eos_token }}{% endfor %}",
         "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}",
     ],
@@ -163,21 +163,41 @@ def test_a_missing_stop_token_is_said() -> None:
     assert [rendered.text[a:b] for a, b in rendered.trained] == ["b"]
 
 
-def test_a_template_that_writes_the_time_is_followed() -> None:
-    import itertools
+def test_a_template_that_writes_the_date_writes_the_same_every_day() -> None:
+    renderer = with_template(
+        "{{ strftime_now('%d %b %Y') }}\n{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
+    )
+    rendered = renderer.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    assert rendered.text == "26 Jul 2024\nusera<|im_end|>assistantb<|im_end|>"
 
-    made = tokenizer("chatml")
-    renderer = Renderer(made)
-    ticks = itertools.count()
-    stock = made.apply_chat_template
 
-    def dated(messages: list, **settings: object) -> str:
-        return f"second {next(ticks) // 7}\n" + stock(messages, **settings)
+def test_raw_text_has_bos_and_eos_once_and_all_but_bos_is_trained() -> None:
+    from tokenizers.processors import TemplateProcessing
 
-    made.apply_chat_template = dated
-    for _ in range(20):
-        rendered = renderer.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-        assert [rendered.text[a:b] for a, b in rendered.trained] == ["b<|im_end|>"]
+    made = tokenizer("llama-3")
+    for adds, start in ((False, ""), (True, BOS)):
+        if adds:
+            made.backend_tokenizer.post_processor = TemplateProcessing(
+                single=f"{BOS} $A", special_tokens=[(BOS, made.bos_token_id)]
+            )
+        renderer = Renderer(made)
+        for text in ("Hello there", f"Hello there{EOT}", f"{start}Hello there", f"{start}Hello there{EOT}"):
+            rendered = renderer.render_text(text)
+            assert rendered.text == f"{start}Hello there{EOT}" and rendered.notes == ()
+            (found,) = renderer.label([rendered])
+            assert isinstance(found, Labelled)
+            ids = found.input_ids.tolist()
+            assert ids == [*made("Hello there")["input_ids"], made.eos_token_id]
+            assert found.labels.tolist() == [IGNORE_INDEX] * adds + ids[adds:]
+            assert "".join(piece for piece, _ in pieces_of(rendered.text, found)) == rendered.text
+
+
+def test_raw_text_that_was_rendered_before_keeps_its_control_tokens() -> None:
+    renderer = RENDERERS["chatml", "bytes"]
+    text = renderer.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]).text
+    (found,) = renderer.label([renderer.render_text(text)])
+    assert isinstance(found, Labelled)
+    assert found.input_ids.tolist() == renderer.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def test_no_chat_template_and_slow_tokenizers_are_refused_with_the_remedy() -> None:
@@ -187,16 +207,7 @@ def test_no_chat_template_and_slow_tokenizers_are_refused_with_the_remedy() -> N
         Renderer(made)
 
     class Slow:
-        chat_template, is_fast, name_or_path = "x", False, "some/model"
+        chat_template, is_fast, name_or_path, eos_token = "x", False, "some/model", None
 
     with pytest.raises(DataError, match="some/model.*tokenizer.json"):
         Renderer(Slow())
-
-
-def test_masks_by_hand() -> None:
-    offsets = [(0, 2), (3, 5), (5, 6), (5, 6), (6, 6), (8, 9), (12, 12)]
-    assert tiled("ab cdé~~x   ", offsets) == [(0, 2), (2, 5), (5, 6), (5, 6), (6, 6), (8, 9), (9, 12)]
-    spans = [(0, 2), (2, 5), (5, 6), (5, 6), (6, 6), (6, 9), (9, 9)]
-    assert trained_mask(spans, [(5, 6)]) == [False, False, True, True, False, False, False]
-    assert trained_mask(spans, [(4, 6), (6, 9)]) == [False, True, True, True, True, True, False]
-    assert trained_mask(spans, []) == [False] * 7
