@@ -8,7 +8,7 @@ cosine and sine of pair i at the token's position:
 
 Tables come as transformers gives them: cos, sin (B, T, R), (1, T, R) or (T, R), whose first R/2 columns are read, or these alone
 (…, R/2); float32 or the model's dtype. With `positions` (T,) or (B, T) the tables are indexed by them: (P, R) or (P, R/2).
-Tables for every kind of `rope_parameters` that transformers knows: `rope_frequencies` and `rope_tables` in _rope_tables.py.
+Tables for every kind of `rope_parameters` that transformers knows: `Rotary` and `rope_frequencies`, from _rope_tables.py.
 Shapes: x (B, T, H, K) in any strides with stride 1 along K. The rotation is computed in float32.
 """
 
@@ -21,7 +21,9 @@ from torch.autograd.function import once_differentiable
 
 from nbkit.kernels._launch import cdiv, kernel, on_device, power_of_two, tl, use_triton
 from nbkit.kernels._op import Case, KernelOp
+from nbkit.kernels._rope_tables import Rotary, rope_frequencies
 
+__all__ = ["OP", "Rotary", "check_tables", "reference", "rope", "rope_frequencies", "rope_rotate_"]
 _TILE = 4096  # elements of one half that a program rotates
 
 # -- reference -------------------------------------------------------------------------------------
