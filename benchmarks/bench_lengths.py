@@ -1,0 +1,250 @@
+"""Real lengths instead of full rows: non-pad tokens per second of LoRA training, each arm packed as its makers document it.
+
+usage: python benchmarks/bench_lengths.py ARM[,ARM] WORKLOAD... [--model 8b] [--steps 24] [--out FILE.csv]
+ARM: nbkit (packs of a fixed token budget), stock (transformers + PEFT, padded, as its users run it), unsloth-packed and
+unsloth-padding-free (its SFTTrainer; needs unsloth, and runs in a process of its own).
+WORKLOAD: alpaca (log-normal, mean 210 tokens, 8 rows a step) or sharegpt (mean 950, 4 rows a step); a pack holds 2,048 and
+4,096 tokens, so that all arms take steps of about the same size. Rows are the same in all arms, every token but a row's first
+is labelled, a step includes clipping and the optimizer (bitsandbytes' 8-bit AdamW). Random weights, true shapes, NF4, rank 16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+WORKLOADS = {"alpaca": (210, 0.8, 16, 2048, 8), "sharegpt": (950, 0.9, 32, 4096, 4)}  # mean, sigma, least, pack and most, rows
+VOCAB = 128256
+WARM_UP = 6
+
+
+def rows_of(name: str, count: int) -> list[list[int]]:
+    """`count` rows of random ids whose lengths are log-normal; the same in every process."""
+    import math
+
+    mean, sigma, least, most, _ = WORKLOADS[name]
+    make = random.Random(7)
+    mu = math.log(mean) - sigma**2 / 2
+    lengths = [min(most, max(least, round(make.lognormvariate(mu, sigma)))) for _ in range(count)]
+    return [[make.randrange(3, VOCAB - 1) for _ in range(n)] for n in lengths]
+
+
+def report(workload: str, arm: str, seconds: list[float], tokens: list[int], **more: Any) -> dict[str, Any]:
+    """Medians would hide that steps differ in size: the speed is all tokens over all seconds after the warm-up."""
+    import torch
+
+    found = dict(workload=workload, arm=arm, steps=len(seconds), tokens_a_step=round(statistics.mean(tokens)))
+    found |= dict(tok_s=round(sum(tokens) / sum(seconds)), ms=round(1e3 * statistics.mean(seconds), 1))
+    found |= dict(peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2), **more)
+    print("RESULT", json.dumps(found), flush=True)
+    return found
+
+
+def loop(model: Any, batches: list[dict[str, Any]], real: list[int]) -> tuple[list[float], list[int], float]:
+    """(seconds, non-pad tokens, last loss) of the steps after the warm-up."""
+    import bitsandbytes as bnb
+    import torch
+
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = bnb.optim.AdamW8bit(params, lr=1e-4)
+    seconds, loss = [], torch.zeros(())
+    torch.cuda.reset_peak_memory_stats()
+    for batch in batches:
+        on_gpu = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        loss = model(**on_gpu).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return seconds[WARM_UP:], real[WARM_UP:], float(loss.detach())
+
+
+def packs(rows: list[list[int]], budget: int) -> list[tuple[dict[str, Any], int]]:
+    """Best-fit-decreasing packs as nbkit's loader makes them, each with its tokens."""
+    from nbkit.data.collate import PackCollator
+    from nbkit.data.packing import pack
+
+    found = pack([len(r) for r in rows], budget, seed=0)
+    collate = PackCollator(pad_token_id=0, width=found.width)
+    return [
+        (collate([{"input_ids": rows[i], "labels": rows[i]} for i in one]), sum(len(rows[i]) for i in one)) for one in found.packs
+    ]
+
+
+def nbkit_arm(workload: str, model_name: str, steps: int) -> dict[str, Any]:
+    import torch
+
+    import nbkit
+    from benchmarks.bench_training import build
+    from nbkit.models.forwards import GRAPHS
+    from nbkit.models.layer import binding_of
+
+    _, _, _, budget, per_step = WORKLOADS[workload]
+    model = build(model_name, "nf4", 16)
+    nbkit.patch(model)
+    binding_of(model).optimizer_bytes = 2
+    rows = rows_of(workload, (steps + WARM_UP) * per_step)
+    made = packs(rows, budget)[: steps + WARM_UP]
+    batches, real = [batch for batch, _ in made], [tokens for _, tokens in made]
+    seconds, tokens, loss = loop(model, batches, real)
+    graphs = vars(model.get_base_model()).get(GRAPHS)
+    print(f"  {binding_of(model).planner.plan}; {sorted(binding_of(model).how)}; {graphs.note if graphs else ''}")
+    # The same documents in transformers' own code: the loss of the last pack, the adapter as it is now.
+    last = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in batches[-1].items()}
+    mine = float(model(**last).loss.detach())
+    nbkit.unpatch(model)
+    plain = {k: last[k] for k in ("input_ids", "position_ids", "labels")}
+    stock = float(model(**plain, use_cache=False).loss.detach())
+    return report(workload, "nbkit", seconds, tokens, loss=round(loss, 4), loss_now=round(mine, 5), stock_loss=round(stock, 5))
+
+
+def stock_arm(workload: str, model_name: str, steps: int) -> dict[str, Any]:
+    import torch
+
+    from benchmarks.bench_training import build
+
+    per_step = WORKLOADS[workload][4]
+    rows = rows_of(workload, (steps + WARM_UP) * per_step)
+    model = build(model_name, "nf4", 16)
+    batches = []
+    for at in range(0, len(rows), per_step):
+        some = rows[at : at + per_step]
+        width = max(map(len, some))
+        ids = torch.zeros(len(some), width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(some):
+            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+        labels = ids.masked_fill(mask == 0, -100)
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    real = [int(b["attention_mask"].sum()) for b in batches]
+    seconds, tokens, loss = loop(model, batches, real)
+    return report(workload, "stock", seconds, tokens, loss=round(loss, 4))
+
+
+def unsloth_arm(workload: str, model_name: str, steps: int, packed: bool) -> dict[str, Any]:
+    """In its own trainer, which is where its packing and padding-free batches are made."""
+    import unsloth  # noqa: F401  # isort: skip  # it asks to be the first
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+    from unsloth import FastLanguageModel
+
+    from benchmarks.bench_training import TARGETS
+
+    _, _, _, budget, per_step = WORKLOADS[workload]
+    folder = model_folder(model_name)
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=budget, dtype=torch.bfloat16, load_in_4bit=True
+    )
+    model = FastLanguageModel.get_peft_model(
+        model, r=16, target_modules=TARGETS, lora_alpha=16, lora_dropout=0, bias="none", use_gradient_checkpointing="unsloth"
+    )
+    rows = rows_of(workload, (steps + WARM_UP) * per_step * 2)
+    words = [" ".join(f"w{i}" for i in row) for row in rows]
+    seen: dict[str, list] = {"tokens": [], "seconds": [], "start": [0.0]}
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            torch.cuda.synchronize()
+            seen["start"][0] = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            torch.cuda.synchronize()
+            seen["seconds"].append(time.perf_counter() - seen["start"][0])
+
+    trainer = SFTTrainer(
+        model=model, processing_class=tokenizer, train_dataset=Dataset.from_dict({"text": words}), callbacks=[Clock()],
+        args=SFTConfig(
+            output_dir=tempfile.mkdtemp(), max_steps=steps + WARM_UP, per_device_train_batch_size=1 if packed else per_step,
+            gradient_accumulation_steps=1, packing=packed, max_length=budget, optim="adamw_8bit", report_to="none",
+            logging_steps=1, save_strategy="no", dataset_text_field="text", dataset_num_proc=1, learning_rate=1e-4, bf16=True,
+        ),
+    )  # fmt: skip
+    inner = trainer.training_step
+
+    def counted(model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
+        labels, mask = inputs["labels"], inputs.get("attention_mask")
+        seen["tokens"].append(int(mask.sum()) if mask is not None and mask.shape == labels.shape else labels.numel())
+        return inner(model, inputs, *rest, **more)
+
+    trainer.training_step = counted
+    torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    name = "unsloth-packed" if packed else "unsloth-padding-free"
+    return report(
+        workload, name, seen["seconds"][WARM_UP:], seen["tokens"][WARM_UP:], loss=trainer.state.log_history[-2].get("loss")
+    )
+
+
+def model_folder(name: str) -> Path:
+    """A checkpoint of random weights with a word-level tokenizer of the whole vocabulary, written once a machine."""
+    folder = Path(tempfile.gettempdir()) / f"nbkit-bench-{name}"
+    if not (folder / "tokenizer.json").is_file():
+        import torch
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+        from benchmarks.bench_training import SHAPES
+
+        config = LlamaConfig(
+            vocab_size=VOCAB, num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=5e5,
+            bos_token_id=1, eos_token_id=2, pad_token_id=0, **SHAPES[name],
+        )  # fmt: skip
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("cuda"):
+            LlamaForCausalLM(config).save_pretrained(folder)
+        words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCAB)}}
+        made = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+        made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>").save_pretrained(
+            folder
+        )
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arms")
+    parser.add_argument("workloads", nargs="+", choices=list(WORKLOADS))
+    parser.add_argument("--model", default="8b")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    arms = given.arms.split(",")
+    if len(arms) > 1 or len(given.workloads) > 1:  # a process each: unsloth changes other libraries
+        for workload in given.workloads:
+            for arm in arms:
+                command = [sys.executable, __file__, arm, workload, "--model", given.model, "--steps", str(given.steps)]
+                subprocess.run([*command, *(["--out", str(given.out)] if given.out else [])], check=False)
+        return
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    run = {
+        "nbkit": nbkit_arm,
+        "stock": stock_arm,
+        "unsloth-packed": lambda *a: unsloth_arm(*a, packed=True),
+        "unsloth-padding-free": lambda *a: unsloth_arm(*a, packed=False),
+    }[arms[0]]
+    found = run(given.workloads[0], given.model, given.steps)
+    if given.out:
+        from benchmarks.bench_training import commit, versions
+
+        before = json.loads(given.out.read_text()) if given.out.is_file() else []
+        given.out.write_text(json.dumps([*before, {**found, "commit": commit(), **versions()}], indent=1))
+
+
+if __name__ == "__main__":
+    main()
