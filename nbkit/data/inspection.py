@@ -6,7 +6,7 @@ rows, read from their ids and labels. Nothing is rendered anew for the view, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +17,7 @@ import numpy as np
 from nbkit.config import TrainConfig
 from nbkit.data import inspection_html, inspection_text
 from nbkit.data.checks import Counts, Problem, Progress, arrays_of, look_at_batch, look_through
-from nbkit.data.findings import Finding, grouped, rows_text
+from nbkit.data.findings import USED, Finding, grouped, rows_text
 from nbkit.data.tokens import Line, Reader, lines
 from nbkit.errors import DataError
 from nbkit.markup import Markup
@@ -176,10 +176,12 @@ class Inspection:
         return [*found, ("Longest row", f"{int(lengths.max(initial=0)):,}{limit} tokens")]
 
     def rows_by_reason(self) -> list[tuple[str, str, list[int]]]:
-        """(outcome, reason, row numbers) of what the report of the set tells of its rows."""
+        """(outcome, reason, row numbers) of what the report of the set tells of its rows and `problems` does not."""
+        seen = {problem.kind for problem in self.problems}
+        findings = [one for one in self.set.findings if one.outcome != USED or one.part != "train" or one.kind not in seen]
         return [
             (f"held out, {outcome}" if part == "held_out" else outcome, reason, numbers)
-            for part, outcome, reason, numbers in grouped(self.set.findings)
+            for part, outcome, reason, numbers in grouped(findings)
         ]
 
     # -- how it is shown -------------------------------------------------------------------------------
@@ -189,14 +191,19 @@ class Inspection:
         return inspection_html.batch(self)
 
     def row_html(self, place: int) -> Markup:
-        """The legend and the tokens of one example."""
+        """The tokens of one example."""
         return inspection_html.rows(self.one_row(place), self.start)
+
+    def legend_html(self) -> Markup:
+        """What the marks of `row_html` mean."""
+        return inspection_html.legend()
 
     def facts_html(self) -> Markup:
         return inspection_html.facts(self)
 
-    def problems_html(self) -> Markup:
-        return inspection_html.problems(self)
+    def problems_html(self, told: Collection[str] = ()) -> Markup:
+        """The problems, but for those of kinds that are `told` elsewhere."""
+        return inspection_html.problems(self, told)
 
     def histograms_html(self) -> Markup:
         return inspection_html.histograms(self)

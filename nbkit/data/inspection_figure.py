@@ -26,7 +26,7 @@ def figure(shown: Inspection) -> Any:
         drawn.add_trace(_trace(bars, graph_objects), row=1, col=column)
         drawn.update_xaxes(title_text=bars.axis, row=1, col=column)
         if bars.limit_place() is not None:
-            drawn.add_vline(x=bars.limit, line_dash="dot", row=1, col=column)
+            drawn.add_vline(x=bars.limit, line_dash="dot", row=1, col=column)  # type: ignore[arg-type]  # ints are what it takes
     drawn.update_yaxes(title_text="rows")
     drawn.update_layout(showlegend=False, bargap=0.02, height=340, margin={"t": 40, "l": 50, "r": 20, "b": 40})
     return drawn

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from importlib.resources import files
 from itertools import groupby
@@ -59,14 +59,14 @@ def facts(shown: Inspection) -> Markup:
     return _box(tag("div", {"class": "nbt-facts"}, *(fact(name, value) for name, value in shown.facts())))
 
 
-def problems(shown: Inspection) -> Markup:
-    found = shown.problems
+def problems(shown: Inspection, told: Collection[str] = ()) -> Markup:
+    found = [one for one in shown.problems if one.kind not in told]
     counts = shown.counts
-    if not found:
+    if not shown.problems:
         rows = f"{len(counts.lengths):,}"
         looked = f"no double BOS, no missing stop token, no duplicates, nothing cut off, every one of the {rows} rows trains"
         return _box(paragraph("nbt-sound", tag("b", None, "✓ No problem found"), f" ({looked})"))
-    items = []
+    items: list[Markup] = []
     for one in found:
         mark = "✖ Stops the start. " if one.stops else "⚠ "
         attributes = {"class": "nbt-stops" if one.stops else None, "dir": "auto"}
@@ -74,7 +74,7 @@ def problems(shown: Inspection) -> Markup:
     hint = ""
     if 0 < counts.texts_read < len(counts.lengths):
         hint = paragraph("nbt-hint", f"Signs of mixed-up roles were looked for in {counts.texts_read:,} rows, evenly spread.")
-    return _box(tag("ul", {"class": "nbt-problems", "aria-label": "Problems"}, *items), hint)
+    return _box(tag("ul", {"class": "nbt-problems", "aria-label": "Problems"}, *items) if items else "", hint)
 
 
 def reasons(shown: Inspection) -> Markup:
@@ -102,27 +102,26 @@ def batch(shown: Inspection) -> Markup:
     width = max((len(line.tokens) for line in found), default=0)
     many = f"{len(found)} row{'s' if len(found) != 1 else ''} × {width:,} tokens"
     title = _title(f"Batch {shown.index + 1:,} of {shown.batches:,}, as training sees it: {many}")
-    return join((_box(title), rows(found, shown.start)))
+    return join((_box(title), legend(found), rows(found, shown.start)))
 
 
 def rows(found: Sequence[Line], start: int = 0) -> Markup:
-    """Legend and tokens of some lines; at most `TOKENS` tokens of all of them together."""
+    """The tokens of some lines; at most `TOKENS` of all of them together."""
     most = max(60, TOKENS // max(len(found), 1))
-    states = {token.state for line in found for token in line.tokens}
-    states |= {"edge"} if any(token.edge for line in found for token in line.tokens) else set()
-    return _box(
-        legend(states | {TRAINED, MASKED, "control"}), *(_line(line, number, most, start) for number, line in enumerate(found, 1))
-    )
+    return _box(*(_line(line, number, most, start) for number, line in enumerate(found, 1)))
 
 
-def legend(states: set[str]) -> Markup:
+def legend(found: Sequence[Line] = ()) -> Markup:
+    """What the marks mean: those of the states that every row has, and of those that these lines have."""
+    states = {TRAINED, MASKED, "control"} | {token.state for line in found for token in line.tokens}
+    states |= {"edge" for line in found for token in line.tokens if token.edge}
     items = []
     for state, sample, meaning in LEGEND:
         if state in states:
             shown = tag("span", {"class": f"nbt-sample nbt-{state}"}, sample)
             items.append(tag("li", None, shown, f" {meaning}"))
     hover = tag("li", None, "Point at a token for its id, label and place.")
-    return tag("ul", {"class": "nbt-legend", "aria-label": "Legend"}, *items, hover)
+    return _box(tag("ul", {"class": "nbt-legend", "aria-label": "Legend"}, *items, hover))
 
 
 def _line(line: Line, number: int, most: int, start: int) -> Markup:

@@ -177,8 +177,8 @@ def _is_table(value: Any) -> bool:
 
 
 def _table(value: Any) -> list[list[int]]:
-    rows = value.tolist() if hasattr(value, "tolist") else [list(row) for row in value]
-    return rows if rows and isinstance(rows[0], list) else [rows]
+    rows: list[Any] = value.tolist() if hasattr(value, "tolist") else list(value)
+    return [list(row) for row in rows] if rows and hasattr(rows[0], "__len__") else [rows]
 
 
 def _flat(value: Any) -> list[int]:

@@ -27,12 +27,12 @@ ROLES = {  # of the columns of each format, as `DataRecipe` names them
 }
 FORMATS = (
     ("detect it", "auto"),
-    ("Alpaca: instruction, output", "alpaca"),
-    ("ShareGPT: conversations", "sharegpt"),
-    ("messages: role, content", "messages"),
-    ("prompt and completion", "prompt_completion"),
-    ("preference: chosen, rejected", "preference"),
-    ("KTO: completion, label", "kto"),
+    ("Alpaca", "alpaca"),
+    ("ShareGPT", "sharegpt"),
+    ("messages", "messages"),
+    ("prompt, completion", "prompt_completion"),
+    ("preference", "preference"),
+    ("KTO", "kto"),
     ("plain text", "text"),
 )
 TRAIN_ON = (
@@ -51,7 +51,7 @@ TOO_LONG = (
 DUPLICATES = (("keep", "keep"), ("drop", "drop"))
 SAME_ROLE = (("keep apart", "keep"), ("join into one", "join"))
 FIRST_REPLY = (("list and leave out", "refuse"), ("skip that reply", "skip"))
-OWN = "the tokenizer's own"
+OWN = "the model's own"
 CUSTOM = "a template of yours"
 # A line of the recipe → the text of the button that writes it.
 REPAIRS = {
@@ -98,6 +98,7 @@ class Columns:
 
     def __init__(self) -> None:
         names = list(dict.fromkeys(role for roles in ROLES.values() for role in roles))
+        names.sort(key=lambda role: role in ("system", "tools"))  # of many formats, and seldom used: last
         self.boxes = {
             role: _fields.labelled(widgets.Combobox(continuous_update=False, placeholder="none"), f"Column of {role}")
             for role in names
@@ -130,20 +131,19 @@ class Columns:
 def template() -> Field:
     """The tokenizer's own, one of nbkit's, or one that code has given."""
     names = templates()
-    options = [(OWN, None), *((name, name) for name in names)]
-    box = _fields.labelled(widgets.Dropdown(options=options, value=None), "Chat template")
+    options = [(OWN, ""), *((name, name) for name in names)]  # a Dropdown shows nothing for None
+    box = _fields.labelled(widgets.Dropdown(options=options, value=""), "Chat template")
 
     def write(new: Any) -> None:
-        if new is not None and not isinstance(new, str):
+        if new is not None and (not isinstance(new, str) or not new):
             raise ConfigError(f"Chat template takes a name or Jinja text, not {_fields.short(new)}.")
         if new is not None and new not in names:
             if "{" not in new:
-                DataRecipe(template=new)
                 raise ConfigError(f"There is no template {_fields.short(new)}; there are {', '.join(names)}, or give Jinja text.")
             box.options = [*options, (CUSTOM, new)]
-        box.value = new
+        box.value = new or ""
 
-    return Field("Chat template", box, (box,), lambda: box.value, write)
+    return Field("Chat template", box, (box,), lambda: box.value or None, write)
 
 
 def roles() -> Field:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import ipywidgets as widgets
@@ -52,6 +54,9 @@ class DatasetMapper(Panel):
         self._rare = _row(rare)
         self._progress, self._found = _html.html(), _html.html()
         self._repairs = self._repair_rows()
+        self._offered = _html.html(
+            _html.paragraph("nbk-caption", _html.tag("b", None, "Repairs"), " each is a line of the recipe")
+        )
         source = self._field("source", _mapping.source())
         read = self._button("read", "Read", self._read, "Read the rows and map them", primary=True)
         stop = self._button("stop", "Stop", self._stop, "Stop reading; the data stay as they were")
@@ -60,8 +65,10 @@ class DatasetMapper(Panel):
         self._show_more()
         self._compose(
             *(_row([source, read, stop]), hint, _row([*usual, self._more]), columns, self._rare, self._progress),
-            *(self._found, self._repairs, self.inspector.box),
+            *(self._found, self._offered, self._repairs, self.inspector.box),
         )
+        head, body, said, code = self.section.children
+        self.section.children = (head, said, body, code)  # this panel is long: what it says stands above all
         self._show()
 
     def _settings(self) -> tuple[list[Any], list[Any]]:
@@ -94,6 +101,7 @@ class DatasetMapper(Panel):
         words = {f"{name}_{value}": text for (name, value), text in _mapping.REPAIRS.items()}
         for name, text in words.items():
             button = self._button(name, text, lambda name=name: self._repair(name), "Change the recipe and read again")
+            button.layout.width = "150px"  # so that the sentences stand below each other
             self._sentences[name] = _html.html()
             row = _row([button, self._sentences[name]])
             row.add_class("nbk-repair")
@@ -124,15 +132,17 @@ class DatasetMapper(Panel):
     async def _reading(self, source: str, recipe: DataRecipe, held_out: Any) -> None:
         """Read on another thread, so that the kernel goes on answering, and show how far it is ten times a second."""
         self._halt, told = False, {}
-        work = asyncio.ensure_future(asyncio.to_thread(self._work, source, recipe, held_out, told))
         try:
             with self.busy(f"Reading {_html.plain(source, 200)} …"):
                 self._buttons["stop"].disabled = False
-                while not work.done():
-                    await asyncio.wait({work}, timeout=INTERVAL)
-                    self._show_progress(told)
-                report, config = await work
+                report, config = await self._apart(told, lambda: self._work(source, recipe, held_out, told))
                 self.session.take_data(report, config)
+                if self.inspector.inspection is not None and not self.inspector.inspection.set.counted:
+                    counts = self.inspector.inspection.set.counts
+                    await self._apart(
+                        told, lambda: counts(lambda done, total: self._hear(told, "Looking for faults", done, total))
+                    )
+                    self.inspector.renew()
             left_out = report.dropped + report.refused
             rest = f"; {left_out:,} are left out, see below" if left_out else ""
             self.message(f"{report.used:,} of {report.rows_in:,} rows are ready to train on{rest}.", "done")
@@ -146,17 +156,27 @@ class DatasetMapper(Panel):
             self._show()
         self.update_saved()
 
-    def _work(self, source: str, recipe: DataRecipe, held_out: Any, told: dict[str, Any]) -> Any:
-        """On the other thread: read, and look for faults in what was read."""
+    async def _apart(self, told: Mapping[str, Any], work: Callable[[], Any]) -> Any:
+        """Work on another thread; what it tells is shown meanwhile."""
+        going = asyncio.ensure_future(asyncio.to_thread(work))
+        while not going.done():
+            await asyncio.wait({going}, timeout=INTERVAL)
+            self._show_progress(told)
+        return await going
 
+    def _work(self, source: str, recipe: DataRecipe, held_out: Any, told: dict[str, Any]) -> Any:
         def listen(what: str, done: int, total: int | None) -> None:
-            if self._halt:
-                raise _StopReading
-            if told.get("what") != what:
-                told.update(what=what, began=time.monotonic())
-            told.update(done=done, total=total)
+            self._hear(told, what, done, total)
 
         return self.session.read_data(source, recipe, held_out=held_out, progress=listen)
+
+    def _hear(self, told: dict[str, Any], what: str, done: int, total: int | None) -> None:
+        """On the other thread: how far it is. Raises: _StopReading once Stop was pressed."""
+        if self._halt:
+            raise _StopReading
+        if told.get("what") != what:
+            told.update(what=what, began=time.monotonic())
+        told.update(done=done, total=total)
 
     def _show_progress(self, told: Mapping[str, Any]) -> None:
         if "what" not in told or not told["done"]:
@@ -191,7 +211,7 @@ class DatasetMapper(Panel):
         self._columns.offer(names)
         config = self.session.data_config
         settings = {name: getattr(report.recipe, name) for name in RECIPE}
-        self._take(settings | {"source": config.source, "held_out": config.held_out})
+        self._take(settings | {"source": _near(config.source), "held_out": _near(config.held_out)})
 
     # -- how it looks ------------------------------------------------------------------------------
 
@@ -204,6 +224,7 @@ class DatasetMapper(Panel):
         self._columns.show(self._fields["format"].read())
         self._offers = {} if report is None else offers(report)
         self._enable({"stop": False} | {name: name in self._offers for name in self._sentences})
+        self._offered.layout.display = "" if self._offers else "none"
         for name, row in zip(self._sentences, self._repairs.children, strict=True):
             row.layout.display = "" if name in self._offers else "none"
             said = self._offers[name][0] if name in self._offers else ""
@@ -242,6 +263,13 @@ def offers(report: Any) -> dict[str, tuple[str, DataRecipe]]:
     return {name: offer for name, offer in found.items() if name in known}
 
 
+def _near(source: Any) -> Any:
+    """A path as seen from the current folder, where it lies in it."""
+    if isinstance(source, str) and os.path.isabs(source) and Path(source).is_relative_to(Path.cwd()):
+        return os.path.relpath(source)
+    return source
+
+
 def _row(children: list[Any]) -> widgets.HBox:
     row = widgets.HBox(children)
     row.add_class("nbk-row")
@@ -269,7 +297,7 @@ def _found_html(report: Any) -> _html.Markup:
 
 
 def _remarks(findings: Any) -> _html.Markup:
-    """One line for each kind of fault: what became of the rows, how many, why, which, and the first in its own words."""
+    """One line for each kind of fault: what became of the rows, how many, which, and why."""
     groups: dict[tuple[str, str, str], list[Any]] = {}
     for finding in findings:
         groups.setdefault((finding.part, finding.outcome, finding.reason), []).append(finding)
@@ -278,12 +306,12 @@ def _remarks(findings: Any) -> _html.Markup:
     left_out_first = sorted(groups.items(), key=lambda item: (item[0][1] == "used", -len(item[1])))
     rows = []
     for (part, outcome, reason), found in left_out_first[:FINDINGS]:
-        numbers = [finding.row for finding in found]
+        numbers = list(dict.fromkeys(finding.row for finding in found))
         shown = ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8:,} more" if len(numbers) > 8 else "")
         what = f"{outcome}, held out" if part == "held_out" else outcome
-        first = _html.text(f"Row {found[0].row}: {found[0].sentence}", 300)
-        rows.append((what, f"{len(numbers):,}", _html.text(reason, 200), shown, first))
+        first = _html.text(found[0].sentence, 300)
+        why = first if len(numbers) == 1 else _html.join((_html.text(reason, 200), f" (row {numbers[0]}: ", first, ")"))
+        rows.append((what, f"{len(numbers):,}", shown, why))
     more = len(groups) - FINDINGS
     hint = _html.paragraph("nbk-hint", f"and {more} more kinds") if more > 0 else ""
-    columns = ("outcome", "rows", "why", "row numbers", "the first of them")
-    return _html.join((_html.table("Rows with a remark", columns, rows), hint))
+    return _html.join((_html.table("Rows with a remark", ("outcome", "rows", "which", "why"), rows), hint))

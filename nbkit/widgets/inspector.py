@@ -17,7 +17,7 @@ from nbkit.widgets._panel import Panel
 if TYPE_CHECKING:
     from nbkit.engine import Session
 
-VIEWS = (("one row beside its tokens", "row"), ("the batch that training sees", "batch"))
+VIEWS = (("one row", "row"), ("whole batch", "batch"))
 AT_ONCE = 2000  # rows that are looked through while the user waits; more only when asked for
 
 
@@ -150,7 +150,8 @@ class Inspector(Panel):
         found = self._inspection
         if not found.set.counted:
             return _html.join(())
-        return _html.join((found.problems_html(), found.histograms_html()))
+        told = {finding.kind for finding in self.session.data.findings}
+        return _html.join((found.problems_html(told), found.histograms_html()))
 
     def _whole(self) -> bool:
         return self._fields["view"].read() == "batch"
@@ -172,13 +173,10 @@ class Inspector(Panel):
         preview = self.session.data.preview(self._place)
         raw = json.dumps(preview.raw, ensure_ascii=False, indent=2, default=str)
         number = self._numbers[self._place]
-        left = _html.tag("b", None, f"Row {number} of the source"), _html.block(raw, label="The row as it came")
-        return _html.tag(
-            "div",
-            {"class": "nbk-columns nbk-beside"},
-            _html.tag("div", {"class": "nbk-column"}, *left),
-            _html.tag("div", {"class": "nbk-column"}, self._inspection.row_html(self._place)),
-        )
+        head = _html.tag("div", {"class": "nbk-column-head"}, _html.tag("b", None, f"Row {number} of the source"))
+        left = _html.tag("div", {"class": "nbk-column"}, head, _html.block(raw, label="The row as it came"))
+        right = _html.tag("div", {"class": "nbk-column"}, self._inspection.row_html(self._place))
+        return _html.join((self._inspection.legend_html(), _html.tag("div", {"class": "nbk-columns"}, left, right)))
 
     def _summary(self) -> str:
         return "" if self._inspection is None else f"{len(self._numbers):,} rows"

@@ -183,7 +183,7 @@ def test_rows_are_read_and_shown_beside_what_is_trained(loaded: FakeSession) -> 
     recipe = DataRecipe(system="Be brief.", too_long="drop")
     assert loaded.calls[-1] == ("read_data", ("rows.jsonl",), {"recipe": recipe, "held_out": 30})
     found = inert(panel._found.value).text
-    assert "messages" in found and "40 of 100 (40%)" in found and "Row 30: plain" in found and "30, 31, 32" in found
+    assert "messages" in found and "40 of 100 (40%)" in found and "row 30: plain" in found and "30, 31, 32" in found
     view = inert(panel.inspector._tokens.value)
     assert "⟦plain <|im_end|>⟧" in view.text and '"user": "plain 1"' in view.text and "Row 3 of the source" in view.text
     assert "⟦trained⟧" in view.text and "mark" in view.tags
