@@ -39,7 +39,8 @@ def core(kind: str, controls: bool) -> str:
             made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         else:  # a blank before the first
             made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-        made.decoder = decoders.Metaspace()
+        blank, one = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
+        made.decoder = decoders.Sequence([blank, decoders.ByteFallback(), decoders.Fuse(), one])
         settings |= {"vocab_size": 900, "special_tokens": [*specials, *(f"<0x{byte:02X}>" for byte in range(256))]}
     made.train_from_iterator([TEXT] * 8, trainers.BpeTrainer(**settings))
     if kind == "trimmed":  # as GPT-2's and Llama 3's: white space is not in the offsets
