@@ -46,7 +46,7 @@ class Cache:
     def load(self, key: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         """(arrays, facts) as they were saved, or None."""
         entry = self.folder / key
-        if not (entry / "manifest.json").is_file():
+        if not entry.is_dir():
             return None
         try:
             manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))

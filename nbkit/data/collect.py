@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from nbkit.config import DataRecipe
+from nbkit.config import IGNORE_INDEX, DataRecipe
 from nbkit.data.findings import DROPPED, REFUSED, USED, Finding, grouped
 from nbkit.data.fitting import Piece
 from nbkit.data.mapping import Mapping, Outcome, Reread
 from nbkit.data.progress import bar
 from nbkit.data.sources import Source
 from nbkit.data.store import Examples, RaggedBuilder
-from nbkit.data.template import Labelled
 from nbkit.errors import DataError
 
 
@@ -126,9 +125,9 @@ class _Gathered:
         if piece.rejected is not None:
             sides.append((self.rejected, piece.rejected[1]))
         for builder, labelled in sides:
-            ids, trained = _arrays(labelled)
-            builder.add(ids, trained)
-            digest.update(len(ids).to_bytes(8, "little") + ids.tobytes() + trained.tobytes())
+            trained = labelled.labels != IGNORE_INDEX
+            builder.add(labelled.input_ids, trained)
+            digest.update(len(trained).to_bytes(8, "little") + labelled.input_ids.tobytes() + trained.tobytes())
 
     def finish(self, reread: Reread) -> Collected:
         rows = np.asarray(self.rows, np.int64)
@@ -145,11 +144,6 @@ class _Gathered:
             longest=self.longest,
             reread=reread,
         )
-
-
-def _arrays(labelled: Labelled) -> tuple[np.ndarray, np.ndarray]:
-    """(ids int32, trained bool)."""
-    return np.asarray(labelled.input_ids, np.int32), np.asarray(labelled.labels, np.int32) >= 0
 
 
 def _without_duplicates(found: Collected, way: str, part: str) -> Collected:

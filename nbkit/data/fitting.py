@@ -34,7 +34,7 @@ class Piece:
     def trains(self) -> bool:
         """Whether a loss is borne; the label at position 0 has nothing before it to be predicted from."""
         sides = [self.labelled, *([self.rejected[1]] if self.rejected else [])]
-        return all(bool((np.asarray(side.labels)[1:] != IGNORE_INDEX).any()) for side in sides)
+        return all(bool((side.labels[1:] != IGNORE_INDEX).any()) for side in sides)
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _characters(messages: Sequence[Message]) -> int:
 
 def _text(whole: Piece, way: str, limit: int, bos: int | None) -> Search:
     """Raw text, in pieces of about equal length that end between two words where there is such a place nearby."""
-    ids = np.asarray(whole.labelled.input_ids)
+    ids = whole.labelled.input_ids
     begins = bool(bos is not None and len(ids) and ids[0] == bos)
     edges, room = [int(begins)], limit - begins
     while len(ids) - edges[-1] > room:
@@ -200,24 +200,21 @@ def _edge(whole: Piece, start: int, end: int) -> int:
     text, spans = whole.rendered.text, whole.labelled.spans
     nearby = range(end, max(start + 1, end - LOOK_BACK), -1)
     for place in nearby:
-        at = int(spans[place][0])
+        at = int(spans[place, 0])
         if text[at : at + 1].isspace() or text[at - 1 : at].isspace():
             return place
-    return next((place for place in nearby if int(spans[place][0]) >= int(spans[place - 1][1])), end)
+    return next((place for place in nearby if int(spans[place, 0]) >= int(spans[place - 1, 1])), end)
 
 
 def _part(whole: Piece, begins: bool, start: int, end: int) -> Piece:
-    ids, labels = np.asarray(whole.labelled.input_ids), np.asarray(whole.labelled.labels)
-    spans = np.asarray(whole.labelled.spans, np.int64).reshape(-1, 2)
+    ids, labels, spans = whole.labelled.input_ids, whole.labelled.labels, whole.labelled.spans
     head = slice(0, int(begins))
     lead = int(spans[0, 1]) if begins else 0
     first = int(spans[start, 0])
-    moved = np.concatenate([spans[head], spans[start:end] - first + lead])
     text = whole.rendered.text[:lead] + whole.rendered.text[first : int(spans[end - 1, 1])]
-    labelled = replace(
-        whole.labelled,
-        input_ids=np.concatenate([ids[head], ids[start:end]]).tolist(),
-        labels=np.concatenate([labels[head], labels[start:end]]).tolist(),
-        spans=[(int(a), int(b)) for a, b in moved],
+    labelled = Labelled(
+        np.concatenate([ids[head], ids[start:end]]),
+        np.concatenate([labels[head], labels[start:end]]),
+        np.concatenate([spans[head], spans[start:end] - first + lead]),
     )
     return Piece([], replace(whole.rendered, text=text, trained=(), texts=()), labelled)

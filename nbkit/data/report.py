@@ -118,7 +118,7 @@ class DataReport:
         assert self.reread is not None
         outcome = self.reread.outcome(number)
         piece = outcome.pieces[index - first] if index - first < len(outcome.pieces) else None
-        if piece is None or list(piece.labelled.input_ids) != self.examples[index]["input_ids"]:
+        if piece is None or piece.labelled.input_ids.tolist() != self.examples[index]["input_ids"]:
             raise DataError(f"Row {number} of {self.source} is no longer what it was; read the data again.")
         return Preview(outcome.row.value, list(pieces_of(piece.rendered.text, piece.labelled)))
 

@@ -33,7 +33,9 @@ def rows(count: int) -> list[dict[str, str]]:
 def check(found: DataReport, rows_in: int) -> None:
     """What holds of every report."""
     assert found.rows_in == rows_in == found.used + found.dropped + found.refused
-    assert found.used == len(found.examples) == len(found.row_numbers)
+    assert len(found.examples) == len(found.row_numbers) and found.used == len(set(found.row_numbers.tolist()))
+    assert found.lengths.tolist() == [len(example["input_ids"]) for example in found.examples]
+    assert found.trained_counts.sum() == found.trained_tokens
     labels = [label for example in found.examples for label in example["labels"]]
     assert found.total_tokens == len(labels)
     assert found.trained_tokens == sum(label != IGNORE_INDEX for label in labels) > 0
@@ -84,6 +86,71 @@ def test_rows_that_are_too_long_are_refused_or_dropped_and_never_cut() -> None:
     assert report(rows(1), max_seq_length=exact).used == 1
     with pytest.raises(DataError, match=f"The one row .* has {exact} tokens, max_seq_length is {exact - 1}"):
         report(rows(1), max_seq_length=exact - 1)
+
+
+def test_faulty_rows_are_dropped_where_the_recipe_says_so() -> None:
+    many = rows(5)
+    many[1]["output"] = ""
+    many[3]["output"] = "long " * 200
+    found = report(many, max_seq_length=100, faulty="drop")
+    check(found, 5)
+    assert (found.used, found.dropped, found.refused) == (3, 1, 1)
+    assert [repair.setting for repair in found.repairs] == [("too_long", "cut"), ("too_long", "split"), ("too_long", "drop")]
+    found = report(many, max_seq_length=100, faulty="drop", too_long="drop")
+    check(found, 5)
+    assert (found.dropped, found.refused, found.repairs) == (2, 0, [])
+
+
+def test_rows_that_are_the_same_are_told_and_dropped_where_the_recipe_says_so() -> None:
+    many = rows(6)
+    many[3], many[5] = dict(many[1]), dict(many[1])
+    found = report(many)
+    check(found, 6)
+    assert found.duplicates == [4, 6] and found.used == 6
+    assert [str(f) for f in found.findings] == ["Row 4: the row equals row 2 (used).", "Row 6: the row equals row 2 (used)."]
+    (repair,) = found.repairs
+    assert repair.sentence == "Leave out rows 4, 6 as equal to an earlier row (duplicates='drop')." and repair.rows == (4, 6)
+    mended = prepare(many, TOKENIZER, repair.recipe, max_seq_length=512)
+    check(mended, 6)
+    assert (mended.used, mended.dropped, mended.repairs) == (4, 2, [])
+    assert mended.row_numbers.tolist() == [1, 2, 3, 5] and mended.duplicates == [4, 6]
+    assert mended.preview(3).raw == many[4]
+    apart = report(many, duplicates="drop", held_out=2)
+    check(apart, 4)
+    assert not [f for f in apart.findings if f.kind == "overlap"]
+
+
+def test_every_repair_that_is_offered_can_be_carried_out() -> None:
+    def turns(*roles: str) -> dict[str, Any]:
+        return {"messages": [{"role": role, "content": f"{role} {n} {'wind ' * 9}"} for n, role in enumerate(roles)]}
+
+    many = [
+        turns("user", "assistant"),
+        turns("user", "assistant"),
+        turns("assistant", "user", "assistant"),
+        turns("user", "user", "assistant"),
+        turns(*["user", "assistant"] * 9),
+        {"messages": None},
+        {"messages": [{"role": "narrator", "content": "x"}]},
+    ]
+    done, recipe = set(), DataRecipe()
+    found = report(many, max_seq_length=120)
+    while found.repairs:
+        check(found, len(many))
+        repair = found.repairs[0]
+        assert (
+            repair.setting not in done and repair.rows and repair.sentence.endswith(f"({'='.join(map(_shown, repair.setting))}).")
+        )
+        done.add(repair.setting)
+        recipe = repair.recipe
+        found = prepare(many, TOKENIZER, recipe, max_seq_length=120)
+    assert {name for name, _ in done} == {"too_long", "duplicates", "first_reply", "same_role", "faulty"}
+    check(found, len(many))
+    assert found.refused == 0 and (recipe.too_long, recipe.faulty) == ("cut", "drop")
+
+
+def _shown(part: str) -> str:
+    return part if "_" in part or part in ("faulty", "duplicates") else repr(part)
 
 
 def test_nothing_to_train_on_is_refused_with_the_first_reason() -> None:
