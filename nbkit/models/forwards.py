@@ -26,8 +26,8 @@ from nbkit.kernels.rms_norm import rms_norm
 from nbkit.kernels.rope import rope
 from nbkit.kernels.swiglu import swiglu
 from nbkit.models.graphs import Pack
-from nbkit.models.layer import binding_of
 from nbkit.models.layer.bind import LAST, causal_only
+from nbkit.models.layer.bind import MARK as LAYER_MARK
 from nbkit.models.layer.function import FinalNorm
 from nbkit.models.obstacles import longer_than_positions
 from nbkit.models.outputs import LossOutput
@@ -175,7 +175,7 @@ def _causal_lm(
 
 def _maker(model: Any, family: Family, hidden: torch.Tensor, loss: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Makes the logits when they are read. Where memory is short the hidden states are held until the backward only."""
-    binding = binding_of(model)
+    binding = vars(model.get_submodule(family.decoder.base)).get(LAYER_MARK)
     if binding is None or not binding.chosen.in_place or not loss.requires_grad:
         return lambda: _logits(model, family, hidden)
     held = [hidden]
