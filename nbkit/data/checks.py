@@ -115,13 +115,14 @@ class Counts:
     lengths: list[int] = field(default_factory=list)
     trained: list[int] = field(default_factory=list)
     rows: dict[str, list[int]] = field(default_factory=dict)
+    teaching: int = 0  # sequences of which a token is really predicted; the first of each has nothing before it
     texts_read: int = 0
 
     def add(self, kind: str, row: int) -> None:
         self.rows.setdefault(kind, []).append(row)
 
     def problems(self) -> tuple[Problem, ...]:
-        if self.lengths and not any(self.trained):
+        if self.lengths and not self.teaching:
             kinds = {"nothing_trained": []} | {kind: rows for kind, rows in self.rows.items() if kind != "masked_row"}
         else:
             kinds = self.rows
@@ -191,9 +192,10 @@ def _ends(counts: Counts, row: int, ids: Ids, runs: list[tuple[int, int]], reade
     bos = getattr(reader.tokenizer, "bos_token_id", None)
     if len(ids) > 1 and bos is not None and ids[0] == ids[1] == bos:
         counts.add("double_bos", row)
-    if not runs:
+    if not runs or runs[-1][1] == 1:
         counts.add("masked_row", row)
         return
+    counts.teaching += 1
     unstopped = [end for start, end in runs if not _stops(ids[start:end].tolist(), reader)]
     if max_length is not None and len(ids) >= max_length and unstopped and unstopped[-1] == len(ids):
         counts.add("cut_off", row)
