@@ -5,7 +5,7 @@
     dz = softmax(z) - onehot(label)     dx = dz * logit_scale * (1 - (z / softcap)^2)
     dhidden = dx @ weight               dweight = dx^T @ hidden
 
-Only rows with a label are projected, in chunks of at most 256 MiB of logits. A chunk's logits become their own gradient in
+Only rows with a label are projected, in chunks of at most 256 MB of logits. A chunk's logits become their own gradient in
 place, and the gradient of `hidden` is computed there and then (as Liger-Kernel does, arXiv:2410.10989), so a step keeps one
 (labelled rows, D) tensor. It is kept for an upstream gradient of 1, which loses nothing in float16, and scaled in the backward.
 Shapes: hidden (N, D), weight (V, D), labels (N,) int64 with -100 where no loss is wanted.
@@ -24,7 +24,7 @@ from nbkit.config import IGNORE_INDEX
 from nbkit.kernels._launch import check_rows, jit, kernel, on_device, power_of_two, tl, use_triton
 from nbkit.kernels._op import Case, KernelOp
 
-CHUNK_BYTES = 256 * 2**20
+CHUNK_BYTES = 256_000_000
 _BLOCK = 8192
 
 # -- reference -------------------------------------------------------------------------------------
@@ -220,7 +220,8 @@ def _project(
     losses = torch.empty(n, dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
     dh = torch.empty_like(rows) if want_dh else None
     # More chunks than one are summed in float32, as one GEMM over all rows would be.
-    dw = torch.zeros(weight.shape, dtype=weight.dtype if n <= step else losses.dtype, device=rows.device) if want_dw else None
+    make = torch.empty if n else torch.zeros
+    dw = make(weight.shape, dtype=weight.dtype if n <= step else losses.dtype, device=rows.device) if want_dw else None
     for first in range(0, n, step):
         part = slice(first, min(first + step, n))
         block = torch.mm(rows[part], weight.t(), out=logits[: part.stop - first])
@@ -236,8 +237,19 @@ def _project(
         if dh is not None:
             torch.mm(block, weight, out=dh[part])
         if dw is not None:
-            dw += block.t() @ rows[part]
+            _add_product(dw, block.t(), rows[part], first > 0)
     return losses, dh, dw
+
+
+def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, add: bool) -> None:
+    """out = a @ b (+ out if `add`), with no temporary of out's size where the device can sum 16-bit products in float32."""
+    beta = 1.0 if add else 0.0
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out)
+    elif out.is_cuda and out.dtype == torch.float32:
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=beta, out=out)
+    else:
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -262,10 +274,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         index, dh, dw, rows, weight, targets = ctx.saved_tensors
         dhidden = dweight = None
         if dh is not None:
-            scaled = (dh * g[:, None]).to(dh.dtype)
+            scaled = torch.mul(dh, g[:, None], out=torch.empty_like(dh))
             dhidden = scaled if index is None else scaled.new_zeros(ctx.shape).index_copy_(0, index, scaled)
         if dw is not None:
-            dweight = (dw * g[0] if len(g) else dw).to(ctx.dtype)
+            dweight = torch.mul(dw, g[0] if len(g) else 1.0, out=torch.empty_like(dw, dtype=ctx.dtype))
         elif rows is not None:  # each row has an upstream gradient of its own: known only now
             _, _, dweight = _project(rows, weight, targets, ctx.spec, g.contiguous(), False, True)
             dweight = dweight.to(ctx.dtype)
