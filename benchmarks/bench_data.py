@@ -188,7 +188,7 @@ def main() -> int:
     parser.add_argument("--pass", dest="paths", nargs=3, type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.paths:
-        print("PASS", json.dumps(one_pass(*given.paths, given.template)))
+        print("PASS", json.dumps(one_pass(given.paths[0], given.paths[1], given.paths[2], given.template)))
         return 0
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

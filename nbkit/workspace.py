@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -52,21 +53,32 @@ def keep_rows(source: Any, workspace: Path) -> str:
         return str(Path(source).resolve())
     if isinstance(source, str):
         return str(Path(source).resolve()) if Path(source).exists() else source
-    text = _jsonl(source)
-    path = workspace / "data" / f"rows-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}.jsonl"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_suffix(f".tmp{os.getpid()}")
-        staging.write_text(text, encoding="utf-8", errors="surrogatepass")
-        staging.replace(path)
+    folder = workspace / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    staging, digest = folder / f"rows.tmp{os.getpid()}-{threading.get_ident()}", hashlib.sha256()
+    try:
+        with staging.open("wb") as file:
+            for row in _rows_of(source):
+                line = _json_line(row)
+                digest.update(line)
+                file.write(line)
+        path = folder / f"rows-{digest.hexdigest()[:16]}.jsonl"
+        if not path.exists():
+            staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)
     return str(path.resolve())
 
 
-def _jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
-    # ASCII escapes keep lone surrogates readable as the text they came as; rows that are no objects keep their place and number,
-    # and what JSON cannot hold is written as an object, so that a value refused for its type is not text the next time.
-    def line(row: Any) -> str:
-        value = dict(row) if isinstance(row, Mapping) else row
-        return json.dumps(value, skipkeys=True, default=lambda other: {"type": type(other).__name__}) + "\n"
+def _rows_of(source: Any) -> Iterable[Any]:
+    """Row by row, as they are read: a table's rows are not its columns, and a dictionary of splits means its training rows."""
+    rows: Any = source["train"] if isinstance(source, Mapping) and "train" in source else source
+    return rows.to_dict("records") if hasattr(rows, "to_dict") and hasattr(rows, "columns") else rows
 
-    return "".join(map(line, rows))
+
+def _json_line(row: Any) -> bytes:
+    """One row as a line. ASCII escapes keep lone surrogates readable as the text they came as; rows that are no objects keep
+    their place and number, and what JSON cannot hold is written as an object, so that a value refused for its type is not
+    text the next time."""
+    value = dict(row) if isinstance(row, Mapping) else row
+    return (json.dumps(value, skipkeys=True, default=lambda other: {"type": type(other).__name__}) + "\n").encode()

@@ -18,7 +18,7 @@ import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,14 +38,28 @@ BLOCK = 1 << 22
 
 
 class Cache:
-    """Entries under one folder. Nothing is raised when the folder cannot be written: it is said as a warning."""
+    """One entry under a folder. Nothing is raised when the folder cannot be written: it is said as a warning.
 
-    def __init__(self, folder: Path, most_bytes: int = MOST_BYTES, least_tokens: int = LEAST_TOKENS) -> None:
-        self.folder, self._most, self._least = folder, most_bytes, least_tokens
+    Args:
+        name: gives the name of the entry, or None if there is to be none; called when it is first needed, as it takes time.
+        most_bytes: of all entries of the folder.
+        least_tokens: a set with fewer is not kept.
+    """
 
-    def load(self, key: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    def __init__(
+        self, folder: Path, name: Callable[[], str | None], most_bytes: int = MOST_BYTES, least_tokens: int = LEAST_TOKENS
+    ) -> None:
+        self.folder, self._ask, self._most, self._least = folder, name, most_bytes, least_tokens
+
+    @functools.cached_property
+    def _name(self) -> str | None:
+        return self._ask()
+
+    def load(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         """(arrays, facts) as they were saved, or None."""
-        entry = self.folder / key
+        if not self.folder.is_dir() or all(path.name.startswith(".") for path in self.folder.iterdir()) or self._name is None:
+            return None
+        entry = self.folder / self._name
         if not entry.is_dir():
             return None
         try:
@@ -59,9 +73,10 @@ class Cache:
             return None
         return arrays, facts
 
-    def save(self, key: str, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
-        """Publishes an entry, whole; nothing is done for a small set, or where another process was faster."""
-        if arrays["tokens_starts"][-1] < self._least:
+    def save(self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
+        """Publishes the entry, whole; nothing is done for a small set, or where another process was faster."""
+        key = self._name if arrays["tokens_starts"][-1] >= self._least else None
+        if key is None:
             return
         staging = self.folder / f".{key}.{uuid.uuid4().hex[:8]}.tmp"
         try:

@@ -8,6 +8,7 @@ alone. A step recorded for one pack thus fits all.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,8 @@ ROUND = 64  # tokens to which the width of a pack is rounded up
 
 @dataclass(frozen=True)
 class Packs:
-    """`packs`: indices of the documents of each; `width`: tokens of every packed sequence, padding included."""
+    """`packs`: indices of the documents of each, not to be changed; `width`: tokens of a packed sequence, padding included;
+    `tokens`: those of all documents."""
 
     packs: list[list[int]]
     width: int
@@ -43,6 +45,12 @@ def pack(lengths: Sequence[int] | np.ndarray, budget: int, seed: int, epoch: int
     Raises: ConfigError if a document is longer than the budget.
     """
     sizes = np.asarray(lengths, np.int64)
+    return _packed(sizes.tobytes(), budget, seed, epoch)
+
+
+@functools.lru_cache(maxsize=2)  # a run asks for its first epoch several times before it starts
+def _packed(lengths: bytes, budget: int, seed: int, epoch: int) -> Packs:
+    sizes = np.frombuffer(lengths, np.int64)
     longer = int((sizes > budget).sum())
     if longer:
         raise ConfigError(

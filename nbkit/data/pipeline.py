@@ -45,9 +45,10 @@ def prepare(
     rows = read(source)
     by_count = held_out is None or isinstance(held_out, (bool, int, float))
     other, amount = (None, held_out) if by_count else (read(held_out), None)
-    key = None if cache is None else key_of([rows, other], [amount, max_seq_length, seed], recipe, tokenizer)
-    store = Cache(cache) if cache is not None and key is not None else None
-    kept = store.load(key) if store is not None and key is not None else None
+    store = (
+        None if cache is None else Cache(cache, lambda: key_of([rows, other], [amount, max_seq_length, seed], recipe, tokenizer))
+    )
+    kept = None if store is None else store.load()
     if kept is not None:
         report = _unpacked(*kept)
         report.reread = Reread(rows, Mapping(report.recipe, tokenizer, max_seq_length))
@@ -58,8 +59,8 @@ def prepare(
     if other is not None:
         apart = collect(other, Mapping(detect(other, recipe).recipe, tokenizer, max_seq_length), "held_out", cache)
     report = _report(rows, found, train, apart, amount, seed, max_seq_length)
-    if store is not None and key is not None:
-        store.save(key, *_packed(report))
+    if store is not None:
+        store.save(*_packed(report))
     return report
 
 

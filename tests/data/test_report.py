@@ -295,6 +295,22 @@ def test_rows_kept_as_a_file_give_the_same_report(tmp_path: Path) -> None:
     check(again, len(many))
 
 
+def test_tables_and_splits_kept_as_a_file_give_the_same_report(tmp_path: Path) -> None:
+    import datasets
+    import pandas
+
+    from nbkit.workspace import keep_rows
+
+    frame = pandas.DataFrame([{**row, "number": n, "share": n / 2} for n, row in enumerate(rows(4))])
+    frame.loc[1, "output"] = None
+    table = datasets.Dataset.from_list(rows(5))
+    for source, count in ((frame, 4), (table, 5), (datasets.DatasetDict(train=table), 5)):
+        first, again = report(source), report(keep_rows(source, tmp_path))
+        assert again.fingerprint == first.fingerprint
+        assert [(f.row, f.kind) for f in again.findings] == [(f.row, f.kind) for f in first.findings]
+        check(again, count)
+
+
 def test_row_numbers_in_words() -> None:
     assert rows_text([7]) == "row 7"
     assert rows_text([7, 31]) == "rows 7, 31"
