@@ -85,7 +85,10 @@ class _Guarded(io.RawIOBase):
         self._most = max(FREE_BYTES, MOST_EXPANSION * packed.path.stat().st_size)
         self._seen = 0
         self._archive: zipfile.ZipFile | None = None
-        self._inner: Any = self._unpacked()
+        try:
+            self._inner: Any = self._unpacked()
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError) as error:
+            raise self._damaged(error) from error
 
     def _unpacked(self) -> Any:
         path, packing = self._packed.path, self._packed.packing
@@ -110,10 +113,7 @@ class _Guarded(io.RawIOBase):
         try:
             data = self._inner.read(len(buffer))
         except Exception as error:  # each codec has kinds of its own: EOFError, zlib.error, LZMAError, BadZipFile, ArrowInvalid
-            reason = str(error).strip().split("\n")[0][:120]
-            raise DataError(
-                f"{self._packed.name} is damaged or cut off after {self._seen:,} bytes ({reason}); fetch or pack it again."
-            ) from error
+            raise self._damaged(error) from error
         self._seen += len(data)
         if self._seen > self._most:
             size = self._packed.path.stat().st_size
@@ -123,6 +123,12 @@ class _Guarded(io.RawIOBase):
             )
         buffer[: len(data)] = data
         return len(data)
+
+    def _damaged(self, error: Exception) -> DataError:
+        reason = str(error).strip().split("\n")[0][:120]
+        return DataError(
+            f"{self._packed.name} is damaged or cut off after {self._seen:,} bytes ({reason}); fetch or pack it again."
+        )
 
     def close(self) -> None:
         if not self.closed:

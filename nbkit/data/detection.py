@@ -68,9 +68,9 @@ def detect(source: Source, recipe: DataRecipe) -> Detected:
     """
     columns = source.columns
     if not columns:
-        fault = next((row.fault for row in source.head if row.fault), None)
-        seen = f": {fault.sentence}" if fault else f"; the first is {shorten(source.head[0].value)}"
-        raise DataError(f"No row of {source.name} is an object with columns{seen}. Accepted: {EXPECTED}.")
+        first = source.head[0]
+        seen = first.fault.sentence if first.fault else f"it is {shorten(first.value)}"
+        raise DataError(f"No row of {source.name} is an object with columns; row {first.number}: {seen}. Accepted: {EXPECTED}.")
     if recipe.format != "auto" or recipe.columns or recipe.prompt is not None:
         return _as_told(source, recipe, columns)
     found = sorted(_candidates(source, columns), key=lambda candidate: -candidate.score)  # stable: the first named wins a tie
@@ -204,7 +204,7 @@ def _candidates(source: Source, columns: Sequence[str]) -> list[_Candidate]:
 
 def _within(one: _Candidate, other: _Candidate) -> bool:
     """Whether a reading is but a part of another one: the turns in the column chosen are no set of their own."""
-    return set(one.columns.values()) < set(other.columns.values()) and one.rows <= other.rows
+    return set(one.columns.values()) < set(other.columns.values()) and len(one.rows) <= 2 * len(other.rows)
 
 
 def _by_names(values: Sequence[Mapping[str, Any]], lower: Mapping[str, str]) -> Iterable[_Candidate]:
@@ -218,10 +218,16 @@ def _by_names(values: Sequence[Mapping[str, Any]], lower: Mapping[str, str]) -> 
         if not all(role in lower for role in needed):
             continue
         columns = {role: lower[role] for role in ROLES[form] if role in lower and role not in ("system", "tools")}
-        rows = frozenset(i for i, value in enumerate(values) if all(_fits(form, r, value.get(lower[r])) for r in needed))
+        rows = frozenset(i for i, value in enumerate(values) if _row_fits(form, [(r, value.get(lower[r])) for r in needed]))
         if form == "preference" and "prompt" not in columns and not _carry_prompts(values, lower):
             continue
         yield _Candidate(form, columns, f"there are columns {', '.join(map(repr, columns.values()))}", sure, rows)
+
+
+def _row_fits(form: str, cells: Sequence[tuple[str, Any]]) -> bool:
+    """Whether a row has what belongs there, or nothing, and not nothing at all."""
+    there = [(role, cell) for role, cell in cells if not is_null(cell)]
+    return bool(there) and all(_fits(form, role, cell) for role, cell in there)
 
 
 def _fits(form: str, role: str, cell: Any) -> bool:

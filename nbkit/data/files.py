@@ -27,6 +27,7 @@ TEXTS = (".txt", ".md", ".text")
 SUFFIXES = (*LINES, ".json", *TABLES, *TEXTS)
 JSON_LIMIT = 2**30  # bytes of one JSON value, which is held whole
 MARK = b"\xef\xbb\xbf"  # a byte order mark, which some editors put before UTF-8
+BINARY = (b"\xff\xfe", b"\xfe\xff", b"PK\3\4", b"PAR1", b"ARROW1", b"\x1f\x8b", b"\x28\xb5\x2f\xfd")
 BATCH = 256
 
 
@@ -35,7 +36,7 @@ def read_file(packed: Packed) -> Source:
     name, size = packed.name, packed.path.stat().st_size if packed.path.exists() else None
     with packed.open() as stream:
         start = stream.read(512)
-        if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in start:
+        if start.startswith(BINARY) or 10 * start.count(0) > len(start):
             raise DataError(f"{name} is not UTF-8 text (it looks like UTF-16 or a binary file); save it as UTF-8.")
         while start and not start.removeprefix(MARK).strip():
             start = stream.read(BATCH * 512)

@@ -65,13 +65,20 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 def read_arrow(path: Path) -> Source:
     """Arrow's IPC files and streams (`datasets` keeps its sets in the latter), mapped into memory, not loaded."""
-    _distinct(_ipc(path).schema.names, str(path))
+    _distinct(_names(path), str(path))
     return Source(
         str(path),
         Streamed(partial(_arrow_rows, path)),
         identify=partial(fingerprint, Packed(path, ".arrow")),
         size=path.stat().st_size,
     )
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        return _ipc(path).schema.names
+    except ValueError as error:  # a name that is no UTF-8
+        raise DataError(f"{path} has a damaged head ({_first(error)}); fetch or write it again.") from error
 
 
 def _ipc(path: Path) -> Any:

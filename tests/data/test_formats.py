@@ -70,7 +70,7 @@ def test_an_unknown_format_says_what_was_seen_and_what_is_accepted() -> None:
         "columns={'instruction': 'heading', 'output': 'body'}",
     ):
         assert part in str(caught.value)
-    with pytest.raises(DataError, match="No row of the list of rows is an object with columns; the first is 'text'"):
+    with pytest.raises(DataError, match="No row of the list of rows is an object with columns; row 1: it is 'text'"):
         found(["text", "more"])
     with pytest.raises(DataError, match="its columns are .* and 80 more"):
         found([{f"c{i}": 1 for i in range(100)}])
