@@ -161,6 +161,11 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+def capability_of(x: torch.Tensor) -> tuple[int, int]:
+    """The compute capability of the GPU that x, a CUDA tensor, is on."""
+    return _capability(x.get_device())
+
+
 _HERE = nullcontext()
 
 

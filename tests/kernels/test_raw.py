@@ -11,6 +11,7 @@ import torch
 from nbkit.kernels import _launch, nf4
 from nbkit.kernels import geglu as gg
 from nbkit.kernels import linear_cross_entropy as lce
+from nbkit.kernels import lora_products as lp
 from nbkit.kernels import nf4_gemv as gemv
 from nbkit.kernels import qk_norm_rope as qkn
 from nbkit.kernels import rms_norm as rms
@@ -316,6 +317,26 @@ def test_linear_cross_entropy_label_out_of_range_reads_nothing() -> None:
     else:
         with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
             lce.cross_entropy_rows_(logits, labels)
+
+
+@pytest.mark.parametrize("rank", [3, 40, 100])
+def test_lora_products_write_into_borders(rank: int) -> None:
+    """xa goes into spare columns beside x, as the layer has it; y is updated in place."""
+    buffer, x = bordered(33, 96, torch.float16, 1, spare=rank + 2)
+    target, y = bordered(33, 50, torch.float16, 2)
+    a, b = (
+        torch.randn(*s, generator=torch.Generator().manual_seed(3)).to(DEVICE, torch.float16) for s in ((rank, 96), (50, rank))
+    )
+    xa = lp.lora_in(x, a, out=buffer[:, 96 : 96 + rank])
+    assert bool((buffer[:, 96 + rank :] == MARK).all())
+    close("xa", xa, x.double() @ a.double().t())
+    expected = y.double() + xa.double() @ b.double().t() * 0.25
+    assert lp.lora_out_(y, xa, b, 0.25) is y and untouched(target, 50)
+    close("y", y, expected)
+    with pytest.raises(ValueError, match="of one dtype"):
+        lp.lora_in(x, a.float())
+    with pytest.raises(ValueError, match=r"\(N, O\), \(N, R\) and \(O, R\)"):
+        lp.lora_out_(y, xa[:5], b)
 
 
 def test_linear_cross_entropy_refuses_what_does_not_fit() -> None:
