@@ -181,7 +181,11 @@ def match(text: str, texts: Sequence[str], skeleton: Skeleton) -> list[Span] | N
 
 
 def build(
-    marked: Marked, full: str, before: Mapping[int, tuple[str, str] | None], stop_in: Callable[[str, bool], str]
+    marked: Marked,
+    full: str,
+    before: Mapping[int, tuple[str, str] | None],
+    stop_in: Callable[[str, bool], str],
+    header: str,
 ) -> Skeleton:
     """The skeleton of a marked rendering.
 
@@ -190,6 +194,7 @@ def build(
         before: for each reply the rendering of what comes before it, without and with the generation prompt; None if the
             template refuses that.
         stop_in: what ends a reply in the text after it: (text, is it a tool call?) → everything up to and with the stop token.
+        header: what a template without a generation prompt writes before a reply.
 
     Raises: RowFault if a reply is left out, written twice, or torn apart.
     """
@@ -203,18 +208,21 @@ def build(
             raise RowFault("template_rewrites", f"the chat template writes another text into the reply of turn {index + 1}")
         found.append((index, places))
     turns = []
-    last_stop = ""
-    for index, places in reversed(found):
-        called = bool(marked.messages[index].get("tool_calls"))
+    said = [places for index, places in found if not marked.messages[index].get("tool_calls")]
+    stop = stop_in(pieces[said[-1][-1] + 1], False) if said else ""
+    for index, places in found:
         after = pieces[places[-1] + 1]
-        own = stop_in(after, called)
-        last_stop = last_stop or own
-        tail = own if called or own == last_stop else ""
-        if not tail and not any(kind == "no_stop" for kind, _ in notes):
+        if marked.messages[index].get("tool_calls"):
+            tail = stop_in(after, True)
+        else:  # what stands only after earlier replies is not what ends one
+            tail = stop if stop and after.startswith(stop) else ""
+        if not tail:
             notes.append(("no_stop", f"the chat template puts no stop token after the reply of turn {index + 1}"))
-        lead = _lead(marked, index, pieces, order, places[0], before[index])
-        turns.append(Turn(index, places[0], places[-1], lead, len(tail)))
-    return Skeleton(pieces, order, tuple(reversed(turns)), tuple(notes))
+        turns.append(
+            Turn(index, places[0], places[-1], _lead(marked, index, pieces, order, places[0], before[index], header), len(tail))
+        )
+    first_of_kind = {kind: (kind, sentence) for kind, sentence in reversed(notes)}
+    return Skeleton(pieces, order, tuple(turns), tuple(first_of_kind.values()))
 
 
 def _check(marked: Marked, index: int, shown: Sequence[int], notes: list[tuple[str, str]]) -> None:
@@ -236,7 +244,13 @@ def _check(marked: Marked, index: int, shown: Sequence[int], notes: list[tuple[s
 
 
 def _lead(
-    marked: Marked, index: int, pieces: Sequence[str], order: Sequence[int], first: int, before: tuple[str, str] | None
+    marked: Marked,
+    index: int,
+    pieces: Sequence[str],
+    order: Sequence[int],
+    first: int,
+    before: tuple[str, str] | None,
+    header: str,
 ) -> int:
     """Characters between the generation prompt and the reply's first text: at inference the model itself writes them.
 
@@ -255,5 +269,6 @@ def _lead(
     if not glue.startswith(end):
         return own
     lead = glue[len(end) :]
-    # A template without a generation prompt leaves the header of the turn; only white space is then the model's.
-    return len(lead) if prompt != plain or not lead[: len(lead) - own].strip() else own
+    if prompt == plain:  # there is no generation prompt, so that the header of the turn is still to come
+        return len(lead) - len(header) if lead.startswith(header) else own
+    return len(lead)

@@ -96,6 +96,7 @@ class Renderer:
         longest_first = sorted(filter(None, self.controls), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._skeletons: dict[tuple[str, str, bool], Skeleton | RowFault] = {}
+        self._probed: tuple[str, str] | None = None
 
     # -- text ------------------------------------------------------------------------------------------
 
@@ -177,7 +178,7 @@ class Renderer:
         pairs = zip([number for number in replies if number], zip(before[::2], before[1::2], strict=True), strict=True)
         known = {n: (a, b) if isinstance(a, str) and isinstance(b, str) else None for n, (a, b) in pairs}
         try:
-            return build(marked, full, {number: known.get(number) for number in replies}, self._stop)
+            return build(marked, full, {number: known.get(number) for number in replies}, self._stop, self._plain_reply()[1])
         except RowFault as fault:
             return fault
 
@@ -216,7 +217,7 @@ class Renderer:
         The stop token follows the reply at once, or after white space. After a tool call the template still closes the call.
         """
         if called:
-            known = [stop for stop in (self.resolved.stop, self.tokenizer.eos_token) if stop and stop in after]
+            known = [stop for stop in (self.resolved.stop, self.stop_token(), self.tokenizer.eos_token) if stop and stop in after]
             found = self._control.search(after)
             ends = [after.index(stop) + len(stop) for stop in known] or ([found.end()] if found else [0])
             return after[: min(ends)]
@@ -226,12 +227,23 @@ class Renderer:
 
     def stop_token(self) -> str | None:
         """The token that the template puts after a reply; None if it puts none there."""
-        asked = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
-        (found,) = self.render_rows([Row(asked)])
-        if isinstance(found, RowFault) or any(kind == "no_stop" for kind, _ in found.notes):
-            return None
-        places = self._control.findall(found.text[found.texts[-1][1] :])
-        return places[0] if places else None
+        return self._plain_reply()[0] or None
+
+    def _plain_reply(self) -> tuple[str, str]:
+        """(stop token, header) of a reply of text. The header is what a template without a generation prompt writes before a
+        reply; one that writes only white space there leaves it to the model."""
+        if self._probed is None:
+            self._probed = "", ""
+            marked = mark([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}])
+            question = marked.messages[:1]
+            found = self._apply([(marked.messages, None, False), (question, None, False), (question, None, True)])
+            full, plain, prompt = ("" if isinstance(one, RowFault) else one for one in found)
+            pieces, order = cut(full)
+            if order and order[-1] == 1:
+                before, header = cut(plain)[0][-1], pieces[-2]
+                asked = prompt != plain or not header.startswith(before) or not header[len(before) :].strip()
+                self._probed = self._stop(pieces[-1], False).lstrip(), "" if asked else header[len(before) :]
+        return self._probed
 
     # -- tokens ----------------------------------------------------------------------------------------
 
