@@ -29,9 +29,13 @@ class LossOutput(CausalLMOutputWithPast):
 
     @property
     def logits(self) -> torch.Tensor | None:  # type: ignore[override]
-        made = vars(self).get("logits")
-        make = getattr(vars(self).get("loss"), _MAKE, None)
-        if made is None and make is not None:
+        made, loss = vars(self).get("logits"), vars(self).get("loss")
+        make = getattr(loss, _MAKE, None)
+        # Those that a metric has read without gradients are made anew for whoever trains on them.
+        blind = (
+            made is not None and torch.is_grad_enabled() and not made.requires_grad and loss is not None and loss.requires_grad
+        )
+        if make is not None and (made is None or blind):
             made = vars(self)["logits"] = make()
         return made
 

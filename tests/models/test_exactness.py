@@ -1,0 +1,425 @@
+"""Loss and every gradient of the patched model are the stock one's: over fifty steps, split batches, and inputs out of the way.
+
+Each model is tried twice: with its parts bound one by one, and with whole layers fused, which a CPU runs through the
+references. The last tests do the same on the real SmolLM2, and count launches on a GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import nbkit
+from nbkit.errors import ModelError
+from nbkit.families import all_families, find
+from nbkit.models.certify_kernels import launched
+from nbkit.models.layer import bind, binding_of
+from tests.closeness import assert_all_like_stock, assert_like_stock, assert_no_drift
+from tests.models.layer.rig import TARGETS, batch, fill, lora
+from tests.tiny import VOCAB, tiny_model
+
+FAMILIES = [family.name for family in all_families() if family.mlp.activation == "silu"]
+WAYS = ["parts", "layers"]
+
+
+def patched(model: Any, way: str) -> Any:
+    nbkit.patch(model)
+    if way == "layers":
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        bind(base, find(base.config.model_type))
+    return model
+
+
+def fused(model: Any) -> bool:
+    binding = binding_of(model)
+    return binding is not None and not binding.reasons
+
+
+def results(model: Any, run: Callable[[Any], torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What `run` gives under a fixed random state, and every gradient."""
+    torch.manual_seed(11)
+    value = run(model)
+    value.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return value.detach(), grads
+
+
+def assert_exact(model: Any, way: str, run: Callable[[Any], torch.Tensor]) -> Any:
+    """`run(model)` and all gradients of it, stock and then patched, within 1e-5 of the largest element. The patched model."""
+    value, grads = results(model, run)
+    patched(model, way)
+    ours, found = results(model, run)
+    assert_like_stock("loss", ours, value)
+    nonzero = {n for n, g in grads.items() if g.any()}
+    assert nonzero and {n for n, g in found.items() if g.any()} == nonzero
+    assert_all_like_stock({n: found[n] for n in nonzero}, {n: grads[n] for n in nonzero})
+    return model
+
+
+def loss_of(**inputs: Any) -> Callable[[Any], torch.Tensor]:
+    return lambda model: model(**inputs, use_cache=False).loss
+
+
+# -- many steps ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fifty_steps_do_not_drift(family: str, way: str) -> None:
+    losses = []
+    for model in (lora(family), patched(lora(family), way)):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
+        seen = []
+        for number in range(50):
+            loss = model(**batch(rows=2, tokens=17, seed=number, padded=True), use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(loss.item())
+        losses.append(seen)
+    assert_no_drift(losses[1], losses[0])
+    assert fused(model) is (way == "layers")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_split_into_micro_batches_has_one_loss(way: str) -> None:
+    """8 x 1, 4 x 2, 2 x 4 and 1 x 8 rows with unequal label counts."""
+    model = patched(lora("llama"), way)
+    inputs = batch(rows=8, tokens=21)
+    for row in range(8):
+        inputs["labels"][row, : 2 * row + 1] = -100
+    items = int((inputs["labels"][:, 1:] != -100).sum())
+
+    def in_parts(size: int) -> Callable[[Any], torch.Tensor]:
+        parts = [{k: v[at : at + size] for k, v in inputs.items()} for at in range(0, 8, size)]
+        return lambda model: sum(model(**part, num_items_in_batch=items, use_cache=False).loss for part in parts)  # type: ignore[return-value]
+
+    loss, grads = results(model, in_parts(8))
+    for size in (1, 2, 4):
+        split, found = results(model, in_parts(size))
+        assert_like_stock("loss", split, loss)
+        assert_all_like_stock(found, grads)
+    stock = lora("llama")
+    assert_like_stock("stock", loss, results(stock, loss_of(**inputs))[0])
+
+
+# -- inputs out of the way -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_odd_sizes_and_whole_rows_ignored(family: str, way: str) -> None:
+    inputs = batch(rows=3, tokens=23, padded=True)
+    inputs["labels"][1] = -100
+    inputs["labels"][2, :9] = -100
+    assert fused(assert_exact(lora(family, rank=5), way, loss_of(**inputs))) is (way == "layers")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_random_upstream_gradients_through_logits_and_hidden_states(way: str) -> None:
+    ids = batch(rows=2, tokens=13)["input_ids"]
+    upstream = torch.randn(2, 13, VOCAB, generator=torch.Generator().manual_seed(3))
+
+    def through_logits(model: Any) -> torch.Tensor:
+        return (model(input_ids=ids, use_cache=False).logits * upstream).sum()
+
+    def through_lazy_logits(model: Any) -> torch.Tensor:
+        outputs = model(input_ids=ids, labels=ids, use_cache=False)
+        with torch.no_grad():
+            assert outputs.logits.shape == upstream.shape  # as a metric reads them: the next reading still has a gradient
+        return outputs.loss + (outputs.logits * upstream).sum()
+
+    def through_hidden_states(model: Any) -> torch.Tensor:
+        states = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+        return sum((state * upstream[..., :32]).sum() for state in states)  # type: ignore[return-value]
+
+    for run in (through_logits, through_lazy_logits, through_hidden_states):
+        assert_exact(lora("qwen2"), way, run)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tensors_that_are_not_contiguous(way: str) -> None:
+    wide = batch(rows=6, tokens=30)
+    inputs = {"input_ids": wide["input_ids"].t()[::2][:11].t(), "labels": wide["labels"].t()[::2][:11].t()}
+    assert not inputs["input_ids"].is_contiguous()
+    assert_exact(lora("llama"), way, loss_of(**inputs))
+    embedded = torch.randn(2, 64, 9, generator=torch.Generator().manual_seed(1)).transpose(1, 2)[..., ::2]
+    labels = batch(rows=2, tokens=9)["labels"]
+    assert_exact(lora("llama"), way, loss_of(inputs_embeds=embedded, labels=labels))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_token(way: str) -> None:
+    """No label survives the shift, so the gradient comes from the logits."""
+    ids = batch(rows=2, tokens=1)["input_ids"]
+    upstream = torch.randn(2, 1, VOCAB, generator=torch.Generator().manual_seed(3))
+    assert_exact(lora("llama"), way, lambda model: (model(input_ids=ids, use_cache=False).logits * upstream).sum())
+    assert patched(lora("llama"), way)(input_ids=ids, labels=ids).loss == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_left_padding(way: str) -> None:
+    inputs = batch(rows=3, tokens=18)
+    mask = torch.ones_like(inputs["input_ids"])
+    for row in range(3):
+        mask[row, : 3 * row] = 0
+    inputs["labels"][mask == 0] = -100
+    assert_exact(lora("mistral"), way, loss_of(**inputs, attention_mask=mask))
+
+
+# -- adapters of every form ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "options",
+    [{"lora_dropout": 0.3}, {"use_dora": True}, {"use_rslora": True}, {"rank_pattern": {"k_proj": 1, "down_proj": 9}}],
+    ids=lambda options: next(iter(options)),
+)
+def test_forms_of_lora(options: dict[str, Any], way: str) -> None:
+    """Dropout draws the same masks, since the random state is the same."""
+    assert_exact(lora("llama", **options), way, loss_of(**batch(padded=True)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases(bias: str, way: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_model("qwen2"), LoraConfig(r=4, target_modules=TARGETS, bias=bias))  # type: ignore[arg-type]
+    fill(model)
+    model = assert_exact(model.train(), way, loss_of(**batch()))
+    assert any(n.endswith("q_proj.base_layer.bias") and p.requires_grad for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_several_adapters_and_none(way: str) -> None:
+    from peft import LoraConfig
+
+    def made() -> Any:
+        model = lora("llama")
+        model.add_adapter("second", LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "o_proj", "down_proj"]))
+        fill(model, 5)
+        return model
+
+    stock, model, run = made(), patched(made(), way), loss_of(**batch(padded=True))
+    for name in ("default", "second", "default"):
+        for one in (stock, model):
+            one.set_adapter(name)
+        (wanted, grads), (ours, found) = results(stock, run), results(model, run)
+        assert_like_stock(name, ours, wanted)
+        assert_all_like_stock(found, grads)
+    with stock.disable_adapter(), model.disable_adapter(), torch.no_grad():
+        assert_like_stock("without adapters", run(model), run(stock))
+    for one in (stock, model):
+        one.base_model.set_adapter(["default", "second"])
+    (wanted, grads), (ours, found) = results(stock, run), results(model, run)
+    assert_like_stock("both at once", ours, wanted)
+    assert_all_like_stock(found, grads)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_fine_tuning(family: str, way: str) -> None:
+    model = assert_exact(tiny_model(family, tie_word_embeddings=True).train(), way, loss_of(**batch(padded=True)))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert results(model, loss_of(**batch(padded=True)))[1].keys() == trained
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_evaluation_and_generation_after_training(way: str) -> None:
+    stock, model = lora("llama").eval(), patched(lora("llama"), way).eval()
+    inputs = batch(rows=2, tokens=8)
+    wanted = stock.generate(input_ids=inputs["input_ids"], max_new_tokens=6, do_sample=False)
+    assert torch.equal(model.generate(input_ids=inputs["input_ids"], max_new_tokens=6, do_sample=False), wanted)
+    with torch.no_grad():
+        assert_like_stock("loss", model(**inputs).loss, stock(**inputs).loss)
+        assert_like_stock("logits", model(**inputs).logits, stock(**inputs).logits)
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_an_empty_batch_is_refused(way: str, shape: tuple[int, int]) -> None:
+    ids = torch.zeros(shape, dtype=torch.long)
+    with pytest.raises(ModelError, match=rf"The batch is empty \(input_ids of shape \({shape[0]}, {shape[1]}\)\); give at least"):
+        patched(lora("llama"), way)(input_ids=ids, labels=ids)
+
+
+def test_rows_longer_than_the_positions_are_warned_of() -> None:
+    model = tiny_model(max_position_embeddings=16)
+    nbkit.patch(model)
+    ids = batch(rows=1, tokens=20)["input_ids"]
+    with pytest.warns(UserWarning, match="Rows of 20 tokens are longer than the 16 positions of this model"):
+        model(input_ids=ids, labels=ids)
+    places = torch.cat([torch.arange(8), torch.arange(12)])[None]
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(input_ids=ids, labels=ids, position_ids=places)  # a pack of shorter rows
+        model(input_ids=ids[:, :16], labels=ids[:, :16])
+
+
+# -- trainers ------------------------------------------------------------------------------------------------------------
+
+
+def trained(kind: str, model: Any, folder: Any) -> tuple[list[float], float, dict[str, torch.Tensor]]:
+    """Losses of three steps of two micro-batches, the loss of evaluation after them, and LoRA's weights."""
+    import transformers
+
+    rows = [{k: v[0] for k, v in batch(rows=1, tokens=9, seed=seed).items()} for seed in range(12)]
+    args = getattr(transformers, f"{kind.removesuffix('Trainer')}TrainingArguments")(
+        str(folder), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-3,
+        logging_steps=1, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no", seed=1,
+    )  # fmt: skip
+    trainer = getattr(transformers, kind)(model, args, train_dataset=rows, eval_dataset=rows[:4])
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, trainer.evaluate()["eval_loss"], {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
+
+
+@pytest.fixture(scope="module")
+def stock_training(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return trained("Trainer", adapted(None, "before"), tmp_path_factory.mktemp("stock"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "way", "when"),
+    [("Trainer", "parts", "after"), ("Trainer", "layers", "before"), ("Seq2SeqTrainer", "layers", "after")],
+)
+def test_transformers_trainers(kind: str, way: str, when: str, stock_training: Any, tmp_path: Any) -> None:
+    """LoRA before and after `patch`. Both trainers take the same steps, so one stock run is the measure of all."""
+    losses, evaluated, weights = trained(kind, adapted(way, when), tmp_path)
+    wanted, wanted_evaluated, wanted_weights = stock_training
+    assert losses == pytest.approx(wanted, rel=1e-5) and len(losses) == 3
+    assert evaluated == pytest.approx(wanted_evaluated, rel=1e-5)
+    for name, p in wanted_weights.items():
+        assert torch.allclose(weights[name], p, atol=2e-5), name
+
+
+def adapted(way: str | None, when: str) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_model()
+    if way is not None and when == "after":  # LoRA is added to what is patched already
+        patched(model, way)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    fill(model)
+    return patched(model, way) if way is not None and when == "before" else model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["SFT", "DPO"])
+def test_unmodified_trl_trainers_over_fused_layers(method: str, tmp_path: Any) -> None:
+    from tests.models.test_patch import trl_losses, with_lora
+
+    wanted = trl_losses(method, with_lora(tiny_model()), tmp_path, bf16=False)
+    model = patched(with_lora(tiny_model()), "layers")
+    assert trl_losses(method, model, tmp_path, bf16=False) == pytest.approx(wanted, rel=1e-5) and len(wanted) == 3
+
+
+# -- the real model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.parametrize("way", WAYS)
+def test_the_real_smollm2(way: str) -> None:
+    """Loss and all gradients of LoRA on the embedded model equal the stock model's, in float32."""
+    from peft import LoraConfig, get_peft_model
+
+    from nbkit.config import ModelConfig
+    from nbkit.models.load import load
+
+    loaded = load(ModelConfig(name="smollm2-135m-instruct", dtype="float32"))
+    chats = ["Wind west 5, rain, 41 miles on the log.", "The cook has cut his thumb; it is bandaged. Course as before."]
+    loaded.tokenizer.padding_side = "right"
+    inputs = dict(loaded.tokenizer(chats, return_tensors="pt", padding=True))
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    model = get_peft_model(loaded.model, LoraConfig(r=8, target_modules=TARGETS, task_type="CAUSAL_LM")).train()
+    fill(model)
+    assert fused(assert_exact(model, way, loss_of(**inputs))) is (way == "layers")
+    certificate = nbkit.certify(model, inputs)
+    assert certificate.passed and len([r for r in certificate.rows if r.kind == "gradient"]) == 2 * 7 * 30, str(certificate)
+
+
+# -- on a GPU ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("four_bit", [False, True], ids=["bf16", "nf4"])
+def test_every_op_that_a_certificate_names_is_launched_in_a_real_step(four_bit: bool) -> None:
+    """Counted by the profiler in an eager step and in a recorded one, which replays the very same kernels."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from nbkit.kernels import all_ops
+    from nbkit.models.layer import Keep
+    from tests.models.layer.test_layer_gpu import lora_on_gpu
+
+    model = lora_on_gpu(dtype=torch.bfloat16, four_bit=four_bit)
+    base = model.get_base_model()
+    report = nbkit.patch(model)
+    binding_of(base).keep = Keep(0)  # type: ignore[union-attr]  # and no 16-bit copy of NF4 weights
+    inputs = {k: v.cuda() for k, v in batch(tokens=64).items()}
+    claimed = {op.name for op in all_ops() if launched(op.name, base, find("llama"), {one.op for one in report.bound})}  # type: ignore[arg-type]
+    assert {"rms_norm", "swiglu", "rope", "linear_cross_entropy", "rope_pack", "lora_border"} <= claimed
+    assert ("nf4" in claimed) is four_bit
+    counted = []
+    for number in range(6):
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            model(**inputs).loss.backward()
+            torch.cuda.synchronize()
+        model.zero_grad()
+        if number in (1, 5):
+            counted.append({event.key: event.count for event in seen.key_averages()})
+    for name in sorted(claimed):
+        kernels = kernels_of(name)
+        for way, counts in zip(("eager", "recorded"), counted, strict=True):
+            assert any(kernel in counts for kernel in kernels), f"{name}: none of {sorted(kernels)} in the {way} step"
+    assert any("graph" in key.lower() for key in counted[1]) or sum(counted[1].values()) > 20
+    nbkit.unpatch(model)
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        model(**inputs).loss.backward()
+    ours = set().union(*(kernels_of(name) for name in claimed))
+    assert not ours & {event.key for event in seen.key_averages()}
+
+
+def kernels_of(op: str) -> set[str]:
+    """The names of the Triton functions in an op's file."""
+    import ast
+    import importlib
+    import inspect
+    from pathlib import Path
+
+    module = importlib.import_module(f"nbkit.kernels.{op}")
+    tree = ast.parse(Path(inspect.getfile(module)).read_text(encoding="utf-8"))
+    marks = ("kernel", "jit")
+    return {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and any(isinstance(d, ast.Name) and d.id in marks for d in node.decorator_list)
+    }
+
+
+def test_the_kernels_of_an_op_are_found_in_its_file() -> None:
+    assert {"_rms_norm_forward_kernel", "_rms_norm_backward_kernel"} <= kernels_of("rms_norm")
+    assert "_dequantize_rows" in kernels_of("nf4")
+
+
+def test_a_copy_of_a_patched_model_is_no_part_of_it() -> None:
+    model = patched(lora("llama"), "layers")
+    twin = copy.deepcopy(model)
+    wanted = results(model, loss_of(**batch()))
+    for p in twin.parameters():
+        p.data.zero_()
+    again = results(model, loss_of(**batch()))
+    assert torch.equal(again[0], wanted[0]) and all(torch.equal(again[1][n], wanted[1][n]) for n in wanted[1])
