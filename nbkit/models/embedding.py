@@ -47,5 +47,8 @@ def _gather(self: Any, input: Tensor) -> Tensor:
     device, ids = vars(self)[MARK], input.reshape(-1).cpu()
     out = torch.empty(len(ids), self.weight.shape[1], dtype=self.weight.dtype, device=device)
     for start in range(0, len(ids), ROWS):
-        out[start : start + ROWS] = self.weight[ids[start : start + ROWS]].to(device)
+        some = ids[start : start + ROWS]
+        rows = torch.empty(len(some), out.shape[1], dtype=out.dtype, pin_memory=out.is_cuda)
+        torch.index_select(self.weight.detach(), 0, some, out=rows)
+        out[start : start + ROWS].copy_(rows, non_blocking=True)
     return out.view(*input.shape, -1)

@@ -42,7 +42,7 @@ LAUNCH_BOUND = 2.0e13
 class Pack:
     """Where the documents of a step lie: positions (1, T), and `starts` int32 (documents + 1,); `longest` bounds their tokens.
 
-    In a recorded step `starts` has room for more documents, which are empty, and `longest` is a power of two.
+    In a recorded step `starts` has room for more documents, which are empty.
     """
 
     positions: Tensor
@@ -52,14 +52,17 @@ class Pack:
     @property
     def key(self) -> tuple[int, int]:
         """(documents there is room for, longest) of the recorded step that takes this one."""
-        return power_of_two(max(len(self.starts) - 1, 8)), power_of_two(max(self.longest, 64))
+        tokens = self.positions.numel()
+        # Blocks of queries that a document does not have cost almost nothing; a recording for each length would.
+        longest = tokens if tokens <= 8192 else min(tokens, power_of_two(self.longest))
+        return power_of_two(max(len(self.starts) - 1, 32)), longest
 
     def like(self) -> Pack:
         """The tensors of a recorded step for packs of this key; all tokens are one document so far."""
         room, longest = self.key
         starts = torch.full((room + 1,), self.positions.numel(), dtype=torch.int32, device=self.positions.device)
         starts[: len(self.starts)] = self.starts
-        return Pack(self.positions.clone(), starts, min(longest, self.positions.numel()))
+        return Pack(self.positions.clone(), starts, longest)
 
     def fill(self, other: Pack) -> None:
         """Take over another pack of the same key."""

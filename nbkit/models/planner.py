@@ -3,8 +3,8 @@
 Plans differ in speed and bytes alone, never in results. The planner takes the fastest that fits with a margin; a larger batch
 later is planned again. In order of speed:
 
-    level 0 with a 16-bit copy of NF4 weights · levels 0 to 3 · level 3 lean with layer inputs and attention outputs in host RAM
-    · level 4 lean · the same with layer inputs in host RAM, in smaller tiles, with the embedding in host RAM too
+    level 0 with a 16-bit copy of NF4 weights · levels 0 to 3 · levels 2 and 3 lean, what they keep in host RAM · level 4 lean
+    · the same with layer inputs in host RAM, in smaller tiles, with the embedding in host RAM too
 
 "lean": token tiles, head groups in the attention backward, gradients in place. Where gradient checkpointing was asked for,
 only the lean ones are looked at.
@@ -22,7 +22,7 @@ from nbkit.hardware import forecast
 from nbkit.models.layer.keep import DEFAULT, Keep
 
 MARGIN = 0.03  # of the free memory: fragments, and what the forecast does not know
-RESERVE = 320 * 2**20  # cuBLAS workspaces, cuDNN, other small users
+RESERVE = 128 * 2**20  # cuBLAS workspaces, cuDNN, other small users
 HOST_SHARE = 0.75  # of the free host RAM that kept activations may take
 TILE = 4096  # rows: GEMMs lose nothing at this size
 GROUP_BYTES = 256 * 2**20  # of one round of attention's backward
@@ -105,7 +105,9 @@ def candidates(sizes: forecast.Sizes, rows: int, *, four_bit: bool, checkpointed
         for level in range(4):
             yield Keep(level), False, False
     groups = min(sizes.kv_heads, max(1, GROUP_BYTES // forecast.by_head(rows, sizes)))
-    tile = TILE if rows > TILE else max(256, -(-rows // 512) * 256)  # half the rows where they are few
+    tile = TILE if rows > TILE else max(256, -(-rows // 1024) * 256)  # a quarter of the rows where they are few
+    if rows <= TILE:  # short copies hide behind the layer's work: three of them too
+        yield Keep(2, tile, True, groups), False, False
     yield Keep(3, tile, True, groups), False, False
     yield Keep(4, tile, False, groups), False, False
     yield Keep(4, tile, True, groups), False, False

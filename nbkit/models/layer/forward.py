@@ -48,7 +48,7 @@ class Call:
     batch: int
     tokens: int
     numbers: list[Any]
-    parcel: Parcel | None = None  # takes x and out to host RAM where `keep.offload` says so
+    parcel: Parcel | None = None  # takes x, out and x_mid to host RAM where `keep.offload` says so
 
     @property
     def rows(self) -> int:
@@ -176,5 +176,8 @@ def run(call: Call, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) ->
         if kept.xa_down is not None:
             kept.xa_down[t] = hidden[:, p.f :]
     if call.parcel is not None:
+        if kept.mid is not None:
+            call.parcel.send("mid", kept.mid)
+            kept.mid = None
         call.parcel.settle()
     return y, kept

@@ -74,7 +74,7 @@ class LayerFunction(torch.autograd.Function):
         p, parcel = call.parts, call.parcel
         if parcel is not None:
             found = parcel.fetch()
-            x, kept.out = found["x"], found.get("out")
+            x, kept.out, kept.mid = found["x"], found.get("out"), found.get("mid")
             del found
         for group, terms in zip(p.groups, ctx.terms, strict=True):
             group.use(terms)

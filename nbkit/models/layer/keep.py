@@ -10,8 +10,8 @@ Bytes per token and layer for Llama-3.1-8B in 16 bits (D, F, KV: one row of the 
 
 LoRA's products x A^T (R columns each) and one rstd a row are kept beside what they belong to.
 
-Where memory is short, at levels 3 and 4: `offload` has x (and out) in host RAM until the backward; `tile` rows at a time
-go through the projections and the MLP; `groups` key/value heads at a time go through attention's backward, whose gradients
+Where memory is short, at levels 2 to 4: `offload` has x (and out, and x_mid) in host RAM until the backward; `tile` rows at a
+time go through the projections and the MLP; `groups` key/value heads at a time go through attention's backward, whose gradients
 take the place of q, k and v, and the gradient of the residual stream is updated in place. None of these changes a result.
 """
 
@@ -32,8 +32,8 @@ class Keep:
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
             raise ValueError(f"keep level {self.level} is not one of {LEVELS}")
-        if (self.offload or self.groups) and self.level < 3:
-            raise ValueError(f"offload and head groups go with levels 3 and 4, not {self.level}")
+        if (self.offload or self.groups) and self.level < 2:
+            raise ValueError(f"offload and head groups go with levels 2 to 4, not {self.level}")
 
     def __str__(self) -> str:
         extra = [f"tiles of {self.tile:,} tokens"] if self.tile else []
