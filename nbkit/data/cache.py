@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -30,7 +31,7 @@ from nbkit.data.sources import Source
 from nbkit.data.store import SPILL
 
 SCHEMA = 1
-MOST_BYTES = 8 * 2**30  # of all entries; the ones that were not read for longest go first
+MOST_BYTES = 2 * 2**30  # of all entries; the ones that were not read for longest go first
 LEAST_TOKENS = 500_000  # smaller sets are made anew faster than they are looked for
 STALE_SECONDS = 24 * 3600  # a folder of a writer that died
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "numpy")
@@ -81,6 +82,9 @@ class Cache:
         staging = self.folder / f".{key}.{uuid.uuid4().hex[:8]}.tmp"
         try:
             staging.mkdir(parents=True)
+            needed = sum(array.nbytes for array in arrays.values())
+            if shutil.disk_usage(staging).free < 2 * needed:
+                raise OSError(errno.ENOSPC, f"{needed / 2**20:,.0f} MiB are needed, and as much again is left to others")
             _write(staging, arrays, facts)
             with contextlib.suppress(FileExistsError, NotADirectoryError):
                 _publish(staging, self.folder / key)

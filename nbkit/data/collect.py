@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -72,8 +73,10 @@ def collect(source: Source, mapping: Mapping, part: str, folder: Path | None) ->
     Raises: DataError if no row becomes a sequence.
     """
     gathered = _Gathered(part, mapping.recipe, RaggedBuilder(folder), RaggedBuilder(folder))
-    with bar(source.estimate, "Rows to tokens" if part == "train" else "Held-out rows to tokens") as shown:
-        for outcome in mapping.outcomes(source.rows):
+    total, what = source.estimate, "Rows to tokens" if part == "train" else "Held-out rows to tokens"
+    vars(source).pop("head", None)  # the rows that were looked at for the format need not be held any longer
+    with bar(total, what) as shown, contextlib.closing(mapping.outcomes(source.rows)) as outcomes:
+        for outcome in outcomes:
             gathered.add(outcome)
             shown.update(1)
             if gathered.rows_in % 512 == 0:

@@ -110,7 +110,7 @@ def _ends(messages: Sequence[Message], first: int) -> list[int]:
 
 def _cut(row: Turns, limit: int) -> Search:
     messages, total = row.conversation.messages, len(row.whole.labelled.input_ids)
-    first = getattr(row.conversation, "completion_start", None) or 0
+    first = row.conversation.completion_start or 0
     shorter = [end for end in _ends(messages, first) if end < len(messages)]
     found, place = yield from _longest(row.conversation, [messages[:end] for end in shorter], messages, total, limit)
     if found is None:
@@ -124,7 +124,7 @@ def _split(row: Turns, limit: int) -> Search:
     messages, total = row.conversation.messages, len(row.whole.labelled.input_ids)
     start = next((i for i, message in enumerate(messages) if message["role"] != "system"), 0)
     system, ends = messages[:start], _ends(messages, start)
-    if len(ends) < 2 or getattr(row.conversation, "completion_start", None):
+    if len(ends) < 2 or row.conversation.completion_start:
         return Fitted([], "split", "it has no turns between which it could be split")
     pieces: list[Piece] = []
     left_out: list[str] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,10 +72,11 @@ class Mapping:
         train_on = "completions" if recipe.format in ("preference", "kto") else recipe.train_on
         self.renderer = Renderer(tokenizer, template=template, train_on=train_on)
 
-    def outcomes(self, rows: Iterable[Row]) -> Iterator[Outcome]:
-        """What becomes of each row, in order."""
-        with ThreadPoolExecutor(1, thread_name_prefix="nbkit-tokens") as pool:
-            waiting: deque[tuple[list[_Asked], Future[list[Labelled | RowFault]]]] = deque()
+    def outcomes(self, rows: Iterable[Row]) -> Generator[Outcome, None, None]:
+        """What becomes of each row, in order. To be closed if it is not read to its end."""
+        pool = ThreadPoolExecutor(1, thread_name_prefix="nbkit-tokens")
+        waiting: deque[tuple[list[_Asked], Future[list[Labelled | RowFault]]]] = deque()
+        try:
             for chunk in _chunks(map(self._ask, rows)):
                 self._render(chunk)
                 waiting.append((chunk, pool.submit(self._label, chunk)))
@@ -83,6 +84,8 @@ class Mapping:
                     yield from self._settled(*waiting.popleft(), pool)
             while waiting:
                 yield from self._settled(*waiting.popleft(), pool)
+        finally:  # whoever asked may have had enough
+            pool.shutdown(cancel_futures=True)
 
     def _ask(self, row: Row) -> _Asked:
         try:

@@ -90,7 +90,7 @@ def _report(
         held_out_rows=_messages(aside.reread, aside, aside_rows),
         recipe=found.recipe,
         reason=found.reason,
-        confidence=getattr(found, "confidence", 1.0),
+        confidence=found.confidence,
         longest=train.longest,
         max_seq_length=max_seq_length,
         fingerprint=fingerprint(examples, held_out),

@@ -26,7 +26,7 @@ class Preview(NamedTuple):
     pieces: list[tuple[str, bool]]  # (text, is it trained?)
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class DataReport:
     """The examples, and what became of every row: `rows_in == used + dropped + refused`.
 

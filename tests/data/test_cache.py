@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -180,6 +181,14 @@ def test_a_folder_that_cannot_be_written_is_said_and_the_rows_are_there(tmp_path
     with pytest.warns(UserWarning, match="prepared rows could not be kept in .*file"):
         found = report(blocked / "cache")
     assert found.used == 25
+
+
+def test_a_disk_that_is_nearly_full_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.warns(UserWarning, match="could not be kept in .* MiB are needed"):
+        assert report(tmp_path).used == 25
+    assert list(tmp_path.iterdir()) == []
 
 
 WRITER = """

@@ -135,6 +135,15 @@ def test_no_switch_changes_what_is_trained(switches: dict[str, Any]) -> None:
         assert not config.train.packing or len(widths) == 1
 
 
+def test_padding_free_batches_hold_the_same_rows() -> None:
+    rows = rig.examples(41)
+    made = loader.train_loader(rig.config(None, batch_size=4), rows, PackCollator(2), pin_memory=False)
+    batches = list(made)
+    assert all(batch["input_ids"].shape == (1, batch["cu_seq_lens_q"][-1]) for batch in batches)
+    seen = Counter(_digest(*document) for batch in batches for document in documents(batch))
+    assert seen == Counter(_digest(row["input_ids"], row["labels"]) for row in rows)
+
+
 def _digest(ids: Any, labels: Any) -> str:
     return hashlib.sha256(repr((list(ids), [IGNORE_INDEX, *labels[1:]])).encode()).hexdigest()
 
