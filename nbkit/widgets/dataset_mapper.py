@@ -55,7 +55,7 @@ class DatasetMapper(Panel):
         self._progress, self._found = _html.html(), _html.html()
         self._repairs = self._repair_rows()
         self._offered = _html.html(
-            _html.paragraph("nbk-caption", _html.tag("b", None, "Repairs"), " each is a line of the recipe")
+            _html.paragraph("nbk-caption", _html.tag("b", None, "Repairs"), " · each writes a line of the recipe and reads again")
         )
         source = self._field("source", _mapping.source())
         read = self._button("read", "Read", self._read, "Read the rows and map them", primary=True)
