@@ -15,7 +15,7 @@ what=$1
 shift
 case $what in
   tests) timeout 400 python3 -m pytest -q -m gpu -p no:cacheprovider ${@:-$(grep -rl --include='test_*.py' 'mark.gpu' tests)} 2>&1 | tee "$OUT/tests.log" | tail -60 ;;
-  kernels) timeout 200 python3 benchmarks/bench_kernels.py "$@" 2>&1 | tee "$OUT/kernels.log" | tail -60 ;;
+  kernels) timeout 200 python3 benchmarks/bench_kernels.py --out "$OUT/kernels.csv" "$@" 2>&1 | tee "$OUT/kernels.log" | tail -90 ;;
   training) timeout 560 python3 benchmarks/bench_training.py "$@" --out "$OUT/training.csv" 2>&1 | tee "$OUT/training.log" | tail -120 ;;
   trainer) timeout 560 python3 benchmarks/bench_trainer.py "$@" --out "$OUT/trainer.csv" 2>&1 | tee "$OUT/trainer.log" | grep -v Warning | tail -60 ;;
   lengths) timeout 560 python3 benchmarks/bench_lengths.py "$@" --out "$OUT/lengths.json" 2>&1 | tee -a "$OUT/lengths.log" | grep -v Warning | tail -40 ;;
