@@ -27,7 +27,12 @@ class ModelError(NbkitError):
 
 
 class DataError(NbkitError):
-    """A data source or its rows cannot be trained on."""
+    """A data source or its rows cannot be trained on.
+
+    `columns`: those that were seen, where it is not clear which holds what; panels offer them.
+    """
+
+    columns: tuple[str, ...] = ()
 
 
 class TrainingError(NbkitError):

@@ -94,20 +94,10 @@ def _batches(examples: Sequence[Any], train: TrainConfig, tokenizer: Any, max_se
 
     def get(index: int) -> Batch:
         members = order[index]
-        chosen = [_sides(examples[example]) for example in members]
-        flat = [side for sides in chosen for side in sides]
-        places = [[example] for example, sides in zip(members, chosen, strict=True) for _ in sides]
-        return collator(config, examples, pad)(flat), [members] if train.packing else places
+        made = collator(config, examples, pad)([examples[example] for example in members])
+        return made, [members] if train.packing else [[example] for example in members]
 
     return Batches(len(order), get, of.get)
-
-
-def _sides(example: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """An example as the rows it is in a batch: preference rows stand there with both replies."""
-    sides = [{name: example[name] for name in ("input_ids", "labels")}]
-    if "rejected_input_ids" in example:
-        sides.append({name: example[f"rejected_{name}"] for name in ("input_ids", "labels")})
-    return sides
 
 
 # -- others' ---------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -131,10 +131,12 @@ class Inspection:
         if not 0 <= place < len(self.set.examples):
             raise DataError(f"There is no example {place}; there are {len(self.set.examples):,}, counted from 0.")
         number = (int(self.set.rows[place]),)
+        sides = arrays_of(self.set.examples, place)
+        parts = ("chosen", "rejected") if len(sides) == 2 else ("",)
         found = []
-        for ids, labels in arrays_of(self.set.examples, place):
+        for part, (ids, labels) in zip(parts, sides, strict=True):
             (line,) = lines({"input_ids": ids, "labels": labels}, self.set.reader, [number])
-            found.append(line)
+            found.append(replace(line, part=part))
         return found
 
     # -- the set ---------------------------------------------------------------------------------------

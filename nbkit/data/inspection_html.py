@@ -128,7 +128,7 @@ def _line(line: Line, number: int, most: int, start: int) -> Markup:
     count, trained, padding = len(line.tokens), line.count(TRAINED), line.count(PADDING)
     real = count - padding
     share = f"{trained / real:.0%}" if real else "none"
-    name = rows_text(line.rows) if line.rows else f"row {number} of the batch"
+    name = (rows_text(line.rows) if line.rows else f"row {number} of the batch") + (f", {line.part}" if line.part else "")
     told = [f"{real:,} tokens", f"{trained:,} trained ({share})"]
     told += [f"{line.documents} rows in one pack"] if line.documents > 1 else []
     told += [f"{padding:,} padding"] if padding else []

@@ -53,7 +53,7 @@ def prepare(
         report = _unpacked(*kept)
         report.reread = Reread(rows, Mapping(report.recipe, tokenizer, max_seq_length))
         return report
-    found = detect(rows, recipe)
+    found = _detected(rows, recipe)
     train = collect(rows, Mapping(found.recipe, tokenizer, max_seq_length), "train", cache)
     apart = None
     if other is not None:
@@ -62,6 +62,14 @@ def prepare(
     if store is not None:
         store.save(*_packed(report))
     return report
+
+
+def _detected(rows: Source, recipe: DataRecipe) -> Detected:
+    try:
+        return detect(rows, recipe)
+    except DataError as error:
+        error.columns = tuple(rows.columns)
+        raise
 
 
 def _report(

@@ -49,10 +49,12 @@ class Token:
 
 @dataclass(frozen=True)
 class Line:
-    """One row of a batch. `rows` are the row numbers of its documents, empty where they are not known."""
+    """One row of a batch. `rows` are the row numbers of its documents, empty where they are not known; `part` is "chosen"
+    or "rejected" where a row has two replies."""
 
     tokens: tuple[Token, ...]
     rows: tuple[int, ...] = ()
+    part: str = ""
 
     def count(self, state: str) -> int:
         return sum(token.state == state for token in self.tokens)

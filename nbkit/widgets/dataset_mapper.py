@@ -60,6 +60,7 @@ class DatasetMapper(Panel):
         source = self._field("source", _mapping.source())
         read = self._button("read", "Read", self._read, "Read the rows and map them", primary=True)
         stop = self._button("stop", "Stop", self._stop, "Stop reading; the data stay as they were")
+        stop.layout.display = "none"
         hint = _html.html(_html.paragraph("nbk-hint", _html.text(_mapping.HINT)))
         columns = self._field("columns", self._columns.field)
         self._show_more()
@@ -134,7 +135,7 @@ class DatasetMapper(Panel):
         self._halt, told = False, {}
         try:
             with self.busy(f"Reading {_html.plain(source, 200)} …"):
-                self._buttons["stop"].disabled = False
+                self._buttons["stop"].disabled, self._buttons["stop"].layout.display = False, ""
                 report, config = await self._apart(told, lambda: self._work(source, recipe, held_out, told))
                 self.session.take_data(report, config)
                 if self.inspector.inspection is not None and not self.inspector.inspection.set.counted:
@@ -146,6 +147,10 @@ class DatasetMapper(Panel):
             left_out = report.dropped + report.refused
             rest = f"; {left_out:,} are left out, see below" if left_out else ""
             self.message(f"{report.used:,} of {report.rows_in:,} rows are ready to train on{rest}.", "done")
+        except DataError as error:
+            if error.columns:
+                self._columns.offer(list(error.columns))
+            raise
         except _StopReading:
             self.message("Reading was stopped; the data are as they were.", "warning")
         except asyncio.CancelledError:
@@ -153,6 +158,8 @@ class DatasetMapper(Panel):
             raise
         finally:
             _html.show(self._progress, _html.join(()))
+            self._buttons["stop"].layout.display = "none"
+            self.inspector.renew()
             self._show()
         self.update_saved()
 
@@ -181,6 +188,7 @@ class DatasetMapper(Panel):
     def _show_progress(self, told: Mapping[str, Any]) -> None:
         if "what" not in told or not told["done"]:
             return
+        self.inspector.box.layout.display = "none"  # what it would render, the reading thread's tokenizer is busy with
         done, total = told["done"], told["total"]
         rate = done / max(time.monotonic() - told["began"], 1e-3)
         said = f"{told['what']}: {done:,}" + (f" of {total:,} rows" if total else " rows") + f" · {rate:,.0f} rows/s"

@@ -422,4 +422,7 @@ def test_preference_rows_stand_with_both_replies(tokenizer: Any) -> None:
     rows = [{**good, "rejected_input_ids": bad["input_ids"], "rejected_labels": bad["labels"]}]
     found = nbkit.inspect((rows, tokenizer))
     assert found.lengths.tolist() == [len(good["input_ids"]) + len(bad["input_ids"])]
-    assert len(found.one_row(0)) == 2
+    assert [line.part for line in found.one_row(0)] == ["chosen", "rejected"]
+    said = inert(found.row_html(0)).text
+    assert "Row 1, chosen" in said and "Row 1, rejected" in said
+    assert [line.rows for line in found.batch] == [(1,)]  # supervised training takes the better reply alone

@@ -330,6 +330,20 @@ def test_a_missing_file_is_a_sentence(loaded: FakeSession) -> None:
         panel.click("read")
 
 
+def test_columns_that_were_seen_are_offered_where_the_format_is_not_known(loaded: FakeSession) -> None:
+    def read_data(*_: Any, **__: Any) -> Any:
+        error = DataError("rows.jsonl is in no known format.")
+        error.columns = ("question", "half \ud800", "answer")
+        raise error
+
+    loaded.read_data = read_data  # type: ignore[method-assign]
+    panel = DatasetMapper(loaded)
+    with pytest.raises(DataError, match="no known format"):
+        panel.click("read")
+    panel.set(format="prompt_completion")
+    assert panel._columns.boxes["completion"].options == ("question", "answer")
+
+
 def test_the_mapper_shows_what_code_has_read(ready: FakeSession) -> None:
     panel = DatasetMapper(ready)
     assert panel.values()["source"] == "sample:ships-log" and "Row 3 of the source" in panel.inspector._tokens.value
