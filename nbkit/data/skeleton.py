@@ -26,6 +26,7 @@ Message = Mapping[str, Any]
 MARK = re.compile("\ue000(\\d{7})\ue001")  # nine characters, the length of a tool call's id with Mistral
 THOUGHT = re.compile(r"(?:(.*)(<think>\s*))?(.*?)(\s*</think>\s*)(?!.*</think>)(\S.*)", re.DOTALL)
 THINKING = ("reasoning_content", "thinking", "reasoning")  # the names thinking goes by; templates read the first two
+JSON_BEGINS = ("{", "[")  # templates tell by these whether a tool answered with JSON
 LITERAL = ("role", "type")  # what templates ask for by its value
 
 
@@ -104,6 +105,8 @@ def mark(messages: Sequence[Message]) -> Marked:
                 )
             elif name == "content" and isinstance(value, str) and message["role"] == "assistant" and (parts := _thinking(value)):
                 changed[name] = _apart(parts, found, owner)
+            elif name == "content" and message["role"] == "tool" and isinstance(value, str) and value[:1] in JSON_BEGINS:
+                changed[name] = value[:1] + _inside(value[1:], found, owner, "content")
             else:
                 changed[name] = _inside(value, found, owner, {"content": "content", "tool_calls": "call"}.get(name, "other"))
         found.messages.append(changed)
