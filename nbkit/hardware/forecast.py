@@ -66,7 +66,7 @@ def by_head(rows: int, s: Sizes) -> int:
 
 def lean(level: int, rows: int, s: Sizes, tile: int, groups: int) -> int:
     """The same where the backward goes in tiles and head groups, in place: x, g, [q|k|v] and out stay whole."""
-    whole = rows * s.size * (2 * s.hidden + s.qkv + s.heads * s.head)
+    whole = rows * s.size * ((2 if level > 2 else 3) * s.hidden + s.qkv + s.heads * s.head)
     by_tiles = min(tile, rows) * s.size * (5 * s.intermediate + 4 * s.hidden)
     return whole + max(min(groups, s.kv_heads) * by_head(rows, s), by_tiles)
 
@@ -77,8 +77,13 @@ def head(rows: int, s: Sizes) -> int:
 
 
 def host(level: int, rows: int, s: Sizes) -> int:
-    """Bytes of host RAM for the layer inputs of a step, and for the attention outputs at level 3."""
-    return s.layers * rows * s.size * (s.hidden + (s.heads * s.head if level < 4 else 0))
+    """Bytes of host RAM for the layer inputs of a step, and what else is kept of that width: attention outputs, x_mid."""
+    return s.layers * rows * s.size * _wide(level, s)
+
+
+def _wide(level: int, s: Sizes) -> int:
+    """Columns that are kept at `level` and can lie in host RAM."""
+    return s.hidden + (s.heads * s.head if level < 4 else 0) + (s.hidden if level < 3 else 0)
 
 
 def scratch(s: Sizes) -> int:
@@ -107,7 +112,7 @@ def step(
         optimizer_bytes: of the optimizer's state, for one LoRA parameter.
         parked: the embedding is moved to host RAM, which gives its bytes back.
     """
-    on_device = kept(level, s) - (s.size * (s.hidden + (s.heads * s.head if level < 4 else 0)) if offload else 0)
+    on_device = kept(level, s) - (s.size * _wide(level, s) if offload else 0)
     work = working(level, rows, s) if groups is None else lean(level, rows, s, tile or rows, groups)
     parts = {
         "kept activations": s.layers * rows * on_device,

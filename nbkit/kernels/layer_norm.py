@@ -224,7 +224,7 @@ OP = KernelOp(
     gradients=("x", "weight", "bias"),
     cases=(
         Case("odd sizes", {"B": 3, "T": 7, "D": 37}),
-        Case("one column", {"B": 1, "T": 2, "D": 1}),
+        Case("three columns", {"B": 1, "T": 2, "D": 3}),
         Case("more rows than a program sums", {"B": 5, "T": 9, "D": 16}),
         Case("rows that lie apart", {"B": 2, "T": 3, "D": 40, "strided": 1}),
         Case("a row of equal values", {"B": 2, "T": 2, "D": 32, "equal": 1}),

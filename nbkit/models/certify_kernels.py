@@ -39,7 +39,7 @@ def kernel_rows(
     bound = {one.op for one in report.bound}
     rows: list[Row] = []
     for op in all_ops():
-        if not launched(op.name, base, family, bound):
+        if not launched(op.name, base, bound):
             continue
         case = case_of(op, base, family, shape)
         try:
@@ -50,12 +50,12 @@ def kernel_rows(
     return rows
 
 
-def launched(name: str, base: Any, family: Family, bound: set[str]) -> bool:
-    """Whether a training step of the model uses the op; ops of forms that its family has not are none of its own."""
+def launched(name: str, base: Any, bound: set[str]) -> bool:
+    """Whether a training step of the model uses the op; ops that no bound forward calls are none of its own."""
     fused = binding_of(base) is not None
     nf4 = any(type(module).__name__ == "Linear4bit" for module in base.modules())
     lora = any(hasattr(module, "lora_A") for module in base.modules())
-    facts = {
+    used = {
         "rms_norm": "rms_norm" in bound or fused,
         "rope": "rope" in bound or fused,
         "swiglu": "swiglu" in bound or fused,
@@ -64,19 +64,7 @@ def launched(name: str, base: Any, family: Family, bound: set[str]) -> bool:
         "lora_border": fused and lora,
         "nf4": fused and nf4,
     }
-    for key, used in facts.items():
-        if name == key:
-            return used
-    forms = {
-        "nf4": nf4 and fused,
-        "lora": lora and fused,
-        "geglu": family.mlp.activation.startswith("gelu"),
-        "layer_norm": False,
-        "adamw": False,  # an optimizer's, no part of a forward and backward
-        "qk_norm": family.attention.qk_norm,
-        "gemv": False,
-    }
-    return all(used for part, used in forms.items() if part in name) and (fused or any(part in name for part in forms))
+    return used.get(name, False)
 
 
 def case_of(op: KernelOp, base: Any, family: Family, shape: torch.Size) -> Case:

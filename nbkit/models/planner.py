@@ -3,8 +3,8 @@
 Plans differ in speed and bytes alone, never in results. The planner takes the fastest that fits with a margin; a larger batch
 later is planned again. In order of speed:
 
-    level 0 with a 16-bit copy of NF4 weights · levels 0 to 3 · levels 2 and 3 lean, what they keep in host RAM · level 4 lean
-    · the same with layer inputs in host RAM, in smaller tiles, with the embedding in host RAM too
+    level 0 with a 16-bit copy of NF4 weights · levels 0 to 3 · for long rows level 3 lean, what it keeps in host RAM
+    · level 4 lean · the same with layer inputs in host RAM, in smaller tiles, with the embedding in host RAM too
 
 "lean": token tiles, head groups in the attention backward, gradients in place. Where gradient checkpointing was asked for,
 only the lean ones are looked at.
@@ -25,6 +25,7 @@ MARGIN = 0.03  # of the free memory: fragments, and what the forecast does not k
 RESERVE = 128 * 2**20  # cuBLAS workspaces, cuDNN, other small users
 HOST_SHARE = 0.75  # of the free host RAM that kept activations may take
 TILE = 4096  # rows: GEMMs lose nothing at this size
+LONG = 16384  # rows from which attention costs more than two copies over the bus
 GROUP_BYTES = 256 * 2**20  # of one round of attention's backward
 GIB = 2**30
 
@@ -105,15 +106,18 @@ def candidates(sizes: forecast.Sizes, rows: int, *, four_bit: bool, checkpointed
         for level in range(4):
             yield Keep(level), False, False
     groups = min(sizes.kv_heads, max(1, GROUP_BYTES // forecast.by_head(rows, sizes)))
-    tile = TILE if rows > TILE else max(256, -(-rows // 1024) * 256)  # a quarter of the rows where they are few
-    if rows <= TILE:  # short copies hide behind the layer's work: three of them too
-        yield Keep(2, tile, True, groups), False, False
-    yield Keep(3, tile, True, groups), False, False
+    tile = TILE if rows > TILE else max(256, -(-rows // 512) * 256)  # half the rows where they are few
+    less = min(tile // 2, TILE // 2)
+    # Attention is worth its two copies only where rows are many: on short ones the bus is slower than doing it again.
+    if rows > LONG:
+        yield Keep(3, tile, True, groups), False, False
     yield Keep(4, tile, False, groups), False, False
     yield Keep(4, tile, True, groups), False, False
-    yield Keep(3, tile, True, groups), False, True
+    yield Keep(4, less, True, groups), False, False
+    if rows > LONG:
+        yield Keep(3, tile, True, groups), False, True
     yield Keep(4, tile, True, groups), False, True
-    yield Keep(4, min(tile, TILE // 2), True, 1), False, True
+    yield Keep(4, less, True, 1), False, True
 
 
 def choose(

@@ -64,9 +64,9 @@ def test_vram_on_a_gpu():
     before = meter.read()
     block = torch.zeros(512 * MIB, dtype=torch.uint8, device="cuda")
     held = meter.read()
-    assert held.memory == "VRAM" and 500 * MIB < held.used_bytes - before.used_bytes < 700 * MIB
+    assert held.memory == "VRAM" and 500 * MIB <= held.used_bytes - before.used_bytes < 700 * MIB
     del block
     release_memory()
     after = meter.read()
-    assert held.used_bytes - after.used_bytes > 500 * MIB
+    assert held.used_bytes - after.used_bytes >= 500 * MIB
     assert after.peak_bytes >= held.used_bytes - 64 * MIB

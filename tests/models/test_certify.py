@@ -249,6 +249,7 @@ def test_on_a_gpu(family: str, dtype: torch.dtype) -> None:
     model = lora(family, hidden_size=256, intermediate_size=512, head_dim=64)
     model.get_base_model().to(dtype)
     model = model.cuda()
+    nbkit.certify(model)  # cuBLAS takes its workspaces once
     memory = torch.cuda.memory_allocated()
     found = nbkit.certify(model)
     assert found.passed and not found.skipped, str(found)

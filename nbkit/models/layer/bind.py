@@ -124,18 +124,29 @@ class Binding:
             kwargs["attention_mask"] = self.causal = torch.empty(1, 1, 1, 1, device=self.bound[0].parts.qkv.device)
 
     def plan(self, kwargs: dict[str, Any]) -> None:
-        """Before the first training step of so many tokens: levels, and a copy of NF4 weights, from the memory that is free."""
+        """Before the first training step of so many tokens: see `prepare`."""
         tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-        if not torch.is_grad_enabled() or tokens is None or not self.bound or self.keep is not None:
+        if torch.is_grad_enabled() and tokens is not None:
+            self.prepare(tokens.shape[0] * tokens.shape[1])
+
+    def prepare(self, rows: int) -> None:
+        """Plan for training steps of `rows` tokens from the memory that is free: levels, a copy of NF4 weights, host RAM.
+
+        A step does this by itself where it has more tokens than any before. Pinning tens of GiB of host RAM takes seconds.
+        """
+        if not self.bound or self.keep is not None or not self.planner.due(rows, self.checkpointed):
             return
-        rows = tokens.shape[0] * tokens.shape[1]
-        if self.planner.due(rows, self.checkpointed):
-            for give_back in self.planning:
-                give_back()
-            self.embedding.park(False)
-            plan = self.planner.make(self, rows, self.checkpointed)
-            self.copy_weights(plan.copy)
-            self.refresh()
+        for give_back in self.planning:
+            give_back()
+        self.embedding.park(False)
+        plan = self.planner.make(self, rows, self.checkpointed)
+        self.copy_weights(plan.copy)
+        self.refresh()
+        self.embedding.park(plan.park)
+        if plan.keep.offload:
+            each = 1 if plan.keep.level == 4 else 2
+            size = rows * self.bound[0].parts.d * self.bound[0].parts.dtype.itemsize
+            self.memory_of_host().reserve(size, each * len(self.bound))
 
     def may_park(self) -> bool:
         """Whether the embedding may lie in host RAM: it is not the head's own weight."""

@@ -86,17 +86,21 @@ class Host:
         self.last = weakref.ref(made)
         return made
 
-    def take(self, size: int, more: int) -> _Slot:
-        """A slot of at least `size` bytes; `more`: how many such are likely to be asked for."""
+    def take(self, size: int) -> _Slot:
+        """A slot of at least `size` bytes."""
+        self.reserve(size, 1)
+        return self.free.pop()
+
+    def reserve(self, size: int, count: int) -> None:
+        """Have `count` free slots of at least `size` bytes, in slabs; a large reservation takes seconds, so it comes first."""
         if size > self.size:
             self.free.clear()  # longer rows came: shorter slots are of no use
             self.size, self.held = -(-size // 4096) * 4096, 0
-        if not self.free:
-            slots = max(1, min(more, SLAB // self.size))
+        while len(self.free) < count:
+            slots = max(1, min(max(count - len(self.free), 8), SLAB // self.size))
             slab = _Slab(slots, self.size, self.stream is not None)
-            self.free = [_Slot(slab, i) for i in range(slots)]
+            self.free += [_Slot(slab, i) for i in range(slots)]
             self.held += slots * self.size
-        return self.free.pop()
 
     def give(self, slots: list[_Slot]) -> None:
         """Take slots back; those of an outgrown size are let go."""
@@ -121,7 +125,7 @@ class Parcel:
     def send(self, name: str, x: Tensor) -> None:
         """Begin the copy of x to host RAM; x must stay as it is until `settle`."""
         x = x.detach().contiguous()
-        slot = self.host.take(x.numel() * x.element_size(), 64)
+        slot = self.host.take(x.numel() * x.element_size())
         self.slots.append(slot)
         target = self.tensors[name] = slot.view(x.shape, x.dtype)
         stream = self.host.stream

@@ -128,6 +128,7 @@ def packed_on_gpu(lengths: list[int], seed: int = 1) -> dict[str, torch.Tensor |
     inputs["labels"][0, starts[:-1].long()] = -100
     return {
         **inputs,
+        "use_cache": False,  # with a cache the stock decoder takes a pack for one document
         "cu_seq_lens_q": starts,
         "cu_seq_lens_k": starts,
         "max_length_q": max(lengths),
