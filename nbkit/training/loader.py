@@ -1,7 +1,7 @@
 """Which rows come in which batch: an order that follows from seed and epoch alone, and says where a resumed run goes on.
 
 Without packing, the rows of one optimizer step are of similar lengths, so that little is spent on padding: the shuffled rows
-are sorted by length within windows of `WINDOW` steps, cut into steps, and the steps are shuffled. Which rows a step has hangs
+are sorted by length within windows of a few hundred, cut into steps, and the steps are shuffled. Which rows a step has hangs
 on `batch_size * gradient_accumulation` alone, not on how the two share it. The rows left over at the end of an epoch are its
 last, shorter step. With packing a batch is one pack (see `nbkit.data.packing`), a step `gradient_accumulation` of them.
 """
@@ -21,7 +21,7 @@ from nbkit.data.collate import Collator, PackCollator
 from nbkit.data.packing import Packs, pack
 from nbkit.errors import TrainingError
 
-WINDOW = 8  # optimizer steps whose rows are sorted by length together
+WINDOW_STEPS, WINDOW_ROWS = 8, 256  # what is sorted by length together: at least so many optimizer steps and rows
 COUNTS = "token_counts"  # key of a batch: (trained, all) tokens, counted before anything is on the device
 
 
@@ -59,8 +59,9 @@ class BucketedBatches(_Batches):
         order = torch.randperm(len(self._lengths), generator=generator).numpy()
         whole = len(order) - len(order) % self._step
         steps: list[np.ndarray] = []
-        for start in range(0, whole, WINDOW * self._step):
-            window = order[start : min(start + WINDOW * self._step, whole)]
+        width = self._step * max(WINDOW_STEPS, -(-WINDOW_ROWS // self._step))
+        for start in range(0, whole, width):
+            window = order[start : min(start + width, whole)]
             window = window[np.argsort(self._lengths[window], kind="stable")]
             steps += np.split(window, len(window) // self._step)
         shuffled = [steps[place] for place in torch.randperm(len(steps), generator=generator).tolist()]

@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from nbkit.config import IGNORE_INDEX, DataRecipe
 from nbkit.data import mapping
@@ -137,3 +140,60 @@ def test_a_held_out_row_that_was_split_goes_whole(tmp_path: Path) -> None:
     assert len(found.held_out_rows) == len(found.held_out_examples) > 4
     assert all(messages[-1]["role"] == "assistant" for messages in found.held_out_rows)
     assert {finding.part for finding in found.findings if finding.row in apart} == {"held_out"}
+
+
+def chat(sizes: list[int], name: int) -> dict[str, Any]:
+    said = [f"{name} {turn} " + "wind " * size for turn, size in enumerate(sizes)]
+    return {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]}
+
+
+bad = st.sampled_from([None, 3, {"messages": None}, {"messages": [{"role": "user", "content": "no reply"}]}, {"other": 1}])
+good = st.builds(chat, st.lists(st.integers(0, 20), min_size=1, max_size=4).map(lambda s: s * 2), st.integers(0, 3))
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(st.one_of(good, good, bad), min_size=1, max_size=9),
+    limit=st.integers(24, 200),
+    held_out=st.none() | st.integers(1, 4) | st.lists(good, min_size=1, max_size=3),
+    recipe=st.builds(
+        DataRecipe,
+        format=st.just("messages"),
+        faulty=st.sampled_from(["refuse", "drop"]),
+        too_long=st.sampled_from(["refuse", "drop", "cut", "split"]),
+        duplicates=st.sampled_from(["keep", "drop"]),
+        train_on=st.sampled_from(["replies", "last_reply", "all"]),
+    ),
+)
+def test_every_row_is_accounted_for_whatever_the_recipe(
+    tmp_path: Path, rows: list[Any], limit: int, held_out: Any, recipe: DataRecipe
+) -> None:
+    by_source = isinstance(held_out, list)
+    try:
+        found = prepare(rows, TOKENIZER, recipe, max_seq_length=limit, held_out=held_out)
+    except DataError as error:
+        assert len(str(error)) > 30
+        return
+    apart = found.held_out_examples
+    split_off = 0 if by_source else len(set(apart.row_numbers.tolist()))
+    assert split_off == (held_out if isinstance(held_out, int) else 0)
+    assert found.rows_in + split_off == len(rows) and found.rows_in == found.used + found.dropped + found.refused
+    assert found.used == len(set(found.row_numbers.tolist())) > 0
+    mine = [finding for finding in found.findings if finding.part == "train"]
+    for outcome, count in (("dropped", found.dropped), ("refused", found.refused)):
+        assert len({finding.row for finding in mine if finding.outcome == outcome}) == count
+    assert recipe.faulty == "refuse" or all(f.kind == "too_long" for f in mine if f.outcome == "refused")
+    assert recipe.too_long != "drop" or not [f for f in mine if f.kind == "too_long" and f.outcome == "refused"]
+    for examples in (found.examples, apart):
+        for ids, labels in map(examples.arrays, range(len(examples))):
+            assert len(ids) <= limit and (labels[1:] != IGNORE_INDEX).any()
+            assert np.isin(labels - ids, [0]).sum() == (labels != IGNORE_INDEX).sum()
+    if recipe.duplicates == "drop" and recipe.too_long != "split":
+        texts = [str(example) for example in found.examples]
+        assert len(set(texts)) == len(texts)
+    kept = prepare(rows, TOKENIZER, recipe, max_seq_length=limit, held_out=held_out)
+    assert kept.fingerprint == found.fingerprint and kept.findings == found.findings
+    for index in range(len(found.examples)):
+        assert any(is_trained for _, is_trained in found.preview(index).pieces)
+        assert found.preview(index).raw == rows[found.example_row(index) - 1]
+    assert str(found) and found._repr_html_()
