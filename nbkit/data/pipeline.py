@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,8 @@ def prepare(
         cache: a folder where large sets are kept as they are made, so that they are there at once the second time.
     Raises: DataError if the source cannot be read, has no known format, or has no row that would be trained on.
     """
+    if threading.current_thread() is not threading.main_thread():
+        tokenizer = copy.deepcopy(tokenizer)  # the notebook may chat meanwhile, and its settings (truncation) would be ours too
     rows = read(source)
     by_count = held_out is None or isinstance(held_out, (bool, int, float))
     other, amount = (None, held_out) if by_count else (read(held_out), None)

@@ -78,6 +78,11 @@ class DataReport:
         return self.trained_tokens / self.total_tokens if self.total_tokens else 0.0
 
     @property
+    def pieces(self) -> int:
+        """How many examples the used rows give: more than there are rows where some were split."""
+        return len(self.examples)
+
+    @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, int64."""
         return self.examples.lengths
@@ -140,8 +145,8 @@ class DataReport:
 
     def _lines(self) -> list[str]:
         lines = [self._headline(), f"{self.source} is read as {self.reason}"]
-        if len(self.examples) > self.used:
-            lines.append(f"rows that were split make {len(self.examples):,} examples of {self.used:,} rows")
+        if self.pieces > self.used:
+            lines.append(f"rows that were split make {self.pieces:,} examples of {self.used:,} rows")
         if self.held_out_examples:
             lines.append(f"{len(self.held_out_examples):,} rows are held out")
         for part, outcome, reason, numbers in grouped(self.findings):

@@ -92,6 +92,18 @@ def test_a_listener_may_end_it_and_no_thread_is_left() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("nbkit-tokens")]
 
 
+def test_reading_on_another_thread_is_not_disturbed_by_who_uses_the_tokenizer() -> None:
+    shared = tokenizer("chatml")
+    rows = [{"instruction": f"Say {n}.", "output": f"It is {n}. " * 20} for n in range(600)]
+    quiet = prepare(rows, shared, DataRecipe(), max_seq_length=512)
+    found: list[DataReport] = []
+    reading = threading.Thread(target=lambda: found.append(prepare(rows, shared, DataRecipe(), max_seq_length=512)))
+    reading.start()
+    while reading.is_alive():
+        shared("a chat that goes on meanwhile", truncation=True, max_length=2)
+    assert found[0].fingerprint == quiet.fingerprint
+
+
 def test_preferences_bear_labels_on_both_answers_alone() -> None:
     prompt = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Best?"}]
     row = {
