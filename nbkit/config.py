@@ -149,7 +149,8 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     optimizer: str = "auto"  # auto: adamw_8bit on 4-bit weights on a GPU, else adamw; or any name TRL's SFTConfig(optim=) knows
-    gradient_checkpointing: bool | str = True  # True, False, "nbkit" or "unsloth" (both the engine's own where it is bound)
+    # auto: what fits where the engine is bound, else transformers' own; True, "nbkit", "unsloth": the least memory; False: none
+    gradient_checkpointing: bool | str = "auto"
     save_steps: int = 0  # 0: only at the end and on stop
     seed: int = 3407
 
@@ -172,8 +173,8 @@ class TrainConfig:
         _require(self.epochs > 0, f"epochs is {self.epochs}; it must be above 0.")
         _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; it must be above 0 (2e-4 is usual for LoRA).")
         _require(
-            self.gradient_checkpointing in (True, False, "nbkit", "unsloth"),
-            f"gradient_checkpointing is {self.gradient_checkpointing!r}; use True, False, 'nbkit' or 'unsloth'.",
+            self.gradient_checkpointing in (True, False, "auto", "nbkit", "unsloth"),
+            f"gradient_checkpointing is {self.gradient_checkpointing!r}; use 'auto', True, False, 'nbkit' or 'unsloth'.",
         )
 
 

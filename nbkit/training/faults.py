@@ -45,7 +45,7 @@ def memory_remedy(config: RunConfig) -> str:
         half = train.batch_size // 2
         more = -(-train.batch_size * train.gradient_accumulation // half)
         return f"try batch_size={half} with gradient_accumulation={more}, the same step in less memory."
-    if not train.gradient_checkpointing:
+    if train.gradient_checkpointing in (False, "auto"):
         return "try gradient_checkpointing=True, the same training in less memory."
     if not model.load_in_4bit:
         return f"try load_in_4bit=True, or rows shorter than max_seq_length={model.max_seq_length // 2}."

@@ -56,16 +56,18 @@ class ModelState:
 
 
 def set_checkpointing(model: Any, asked: bool | str) -> str:
-    """Checkpointing as a TrainConfig asks for it: False, True, "nbkit" or "unsloth". Returns a sentence for the log, or "".
+    """Checkpointing as a TrainConfig asks for it: "auto", False, True, "nbkit", "unsloth". Returns a sentence for the log, or "".
 
-    Layers on the fused path take it as a wish to their planner, which chooses what they keep; the others, and all layers of
-    a model that is not patched or on a CPU, take transformers' own checkpointing, which repeats each layer whole.
+    Layers on the fused path take it as a wish to their planner, which chooses what they keep ("auto" is no wish: the fastest
+    that fits); the others, and all layers of a model that is not patched or on a CPU, take transformers' own checkpointing,
+    which repeats each layer whole.
     """
     binding = binding_of(model)
     _stock_checkpointing(model, bool(asked))
     if binding is None or not binding.bound:
-        return f"gradient_checkpointing={asked!r} runs as transformers' own checkpointing." if isinstance(asked, str) else ""
-    binding.checkpoint = asked or None
+        named = asked in ("nbkit", "unsloth")
+        return f"gradient_checkpointing={asked!r} runs as transformers' own checkpointing." if named else ""
+    binding.checkpoint = None if asked == "auto" else asked or None
     if asked:
         model.train()  # what fits depends on it: dropout is off in eval mode
         binding.refresh()

@@ -18,7 +18,8 @@ from nbkit.widgets.live_plot import LivePlot
 if TYPE_CHECKING:
     from nbkit.engine import Session
 
-CHECKPOINTING = (("on", True), ("off", False), ("nbkit", "nbkit"), ("unsloth", "unsloth"))  # of activations
+CHECKPOINTING = (("auto", "auto"), ("on", True), ("off", False), ("nbkit", "nbkit"), ("unsloth", "unsloth"))  # of activations
+PACKING = (("off", False), ("on", True))
 GOING = ("running", "stopping")
 
 
@@ -63,6 +64,8 @@ class TrainPanel(Panel):
             "warmup_steps": _fields.whole("Warm-up steps", default.warmup_steps),
             "weight_decay": _fields.real("Weight decay", default.weight_decay),
             "max_grad_norm": _fields.real("Clip gradients at", default.max_grad_norm),
+            "packing": _fields.choice("Packing", PACKING, default.packing),
+            "pack_tokens": _fields.optional("Length of a pack", int, "a whole number, or nothing", "by batch size"),
             "optimizer": _fields.text("Optimizer", default.optimizer),
             "save_steps": _fields.whole("Save every … steps", default.save_steps),
             "seed": _fields.whole("Seed", default.seed),

@@ -92,7 +92,6 @@ config = nbkit.TrainConfig(
     gradient_accumulation=2 // rows_at_once,
     max_steps=50,
     learning_rate=2e-3,
-    gradient_checkpointing=True,
     seed=3407,
 )
 display(TrainPanel(session))
