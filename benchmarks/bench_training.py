@@ -1,6 +1,6 @@
 """Training steps per second of a whole model: nbkit against transformers + PEFT, same weights, same batches, interleaved.
 
-usage: python benchmarks/bench_training.py ROW... [--out FILE.csv] [--arms nbkit,stock] [--rounds 3] [--steps 4] [--profile]
+usage: python benchmarks/bench_training.py ROW... [--out FILE.csv] [--arms nbkit,stock,liger,eager] [--rounds 3] [--steps 4] [--profile]
 ROW is MODEL:WEIGHTS:BATCHxTOKENS[:OPTION...], for example 8b:nf4:2x2048 or 1b:bf16:2x512:r32:L4. Options:
     r32         LoRA's rank, 16 if not said                  L4       keep level of nbkit; checkpointing for stock from L1 up
     within6.8   GiB that torch may allocate                   cap16    GB of the whole process (0.9 of them for CUDA itself)
@@ -132,6 +132,31 @@ class Eager(Nbkit):
 
     name = "eager"
     graphs = False
+
+
+class Liger:
+    """transformers + PEFT with Liger's kernels on a model of its own: what it binds is not taken off again."""
+
+    name = "liger"
+
+    def __init__(self, level: int | None, save: bool = False) -> None:
+        self.stock = Stock(level, save)
+
+    def own(self, name: str, weights: str, rank: int) -> torch.nn.Module:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        model = build(name, weights, rank)
+        apply_liger_kernel_to_llama(model=model.get_base_model())
+        return model
+
+    def enter(self, model: torch.nn.Module) -> None:
+        self.stock.enter(model)
+
+    def leave(self, model: torch.nn.Module) -> None:
+        self.stock.leave(model)
+
+    def prepare(self, model: torch.nn.Module, tokens: int) -> None:
+        """Nothing."""
 
 
 class Stock:
@@ -268,43 +293,51 @@ def run_row(row: str, arms: list[str], rounds: int, steps: int, profile: bool, t
     torch.cuda.set_per_process_memory_fraction(1.0)
     model = build(name, weights, rank)
     vocab = model.config.vocab_size
-    chosen = [arm(level, "save" in options) for arm in (Stock, Eager, Nbkit) if arm.name in arms]
+    chosen = [arm(level, "save" in options) for arm in (Stock, Liger, Eager, Nbkit) if arm.name in arms]
     limit(options)
     if "once" in options:
         return run_once(row, model, chosen, (batch, tokens), eight_bit)
+    models = {arm.name: arm.own(name, weights, rank) if isinstance(arm, Liger) else model for arm in chosen}
     make = torch.Generator("cuda").manual_seed(1)
     ids = torch.randint(3, vocab - 1, (batch, tokens), device="cuda", generator=make)
     results, truth = {}, float32_gradients(model, ids) if truth_wanted else None
     for arm in chosen:
-        with entered(arm, model):
+        with entered(arm, models[arm.name]):
             for _ in range(4):  # the second takes the attention of a repeated shape, the third may be a graph
-                loss, norm, flat = parity(model, ids)
+                loss, norm, flat = parity(models[arm.name], ids)
         truth = flat if truth is None else truth
         difference = float((flat - truth).norm() / truth.norm())
         results[arm.name] = dict(
             row=row, arm=arm.name, loss=round(loss, 5), grad_norm=round(norm, 6), grad_difference=round(difference, 5)
         )
         del flat
-    optimizer = optimizer_of(model, eight_bit)
+    optimizers = {id(m): optimizer_of(m, eight_bit) for m in models.values()}
     seconds: dict[str, list[float]] = {arm.name: [] for arm in chosen}
     for round_ in range(rounds):
         for arm in chosen:
             gc.collect()
             torch.cuda.empty_cache()
-            with entered(arm, model):
+            own = models[arm.name]
+            optimizer = optimizers[id(own)]
+            others = sum(bytes_of(m) for m in {id(m): m for m in models.values()}.values() if m is not own)
+            with entered(arm, own):
                 torch.cuda.reset_peak_memory_stats()  # before the warm-up: a recorded step allocates while it is recorded only
-                timed(model, optimizer, make, 4, vocab, (batch, tokens))
-                seconds[arm.name] += timed(model, optimizer, make, steps, vocab, (batch, tokens))
-                results[arm.name]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-                results[arm.name]["static_gib"] = round(torch.cuda.memory_allocated() / 2**30, 2)  # between steps
+                timed(own, optimizer, make, 4, vocab, (batch, tokens))
+                seconds[arm.name] += timed(own, optimizer, make, steps, vocab, (batch, tokens))
+                results[arm.name]["peak_gib"] = round((torch.cuda.max_memory_allocated() - others) / 2**30, 2)
+                results[arm.name]["static_gib"] = round((torch.cuda.memory_allocated() - others) / 2**30, 2)  # between steps
                 if profile and round_ == rounds - 1:
-                    show_profile(model, optimizer, ids, f"{row} {arm.name}")
+                    show_profile(own, optimizer, ids, f"{row} {arm.name}")
     for arm in chosen:
         t = statistics.median(seconds[arm.name])
         results[arm.name].update(ms=round(t * 1e3, 2), tok_s=round(batch * tokens / t), steps=len(seconds[arm.name]))
         spread = sorted(seconds[arm.name])
         results[arm.name]["p90_ms"] = round(spread[int(0.9 * (len(spread) - 1))] * 1e3, 2)
     return list(results.values())
+
+
+def bytes_of(model: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 class entered:  # in lower case: it reads as a keyword
