@@ -1,6 +1,6 @@
 """Training steps per second of a whole model: nbkit against transformers + PEFT, same weights, same batches, interleaved.
 
-usage: python benchmarks/bench_training.py ROW... [--out FILE.csv] [--arms nbkit,stock,liger,eager] [--rounds 3] [--steps 4] [--profile]
+usage: python benchmarks/bench_training.py ROW... [--out FILE.csv] [--arms nbkit,stock,liger,eager] [--rounds 3] [--profile]
 ROW is MODEL:WEIGHTS:BATCHxTOKENS[:OPTION...], for example 8b:nf4:2x2048 or 1b:bf16:2x512:r32:L4. Options:
     r32         LoRA's rank, 16 if not said                  L4       keep level of nbkit; checkpointing for stock from L1 up
     within6.8   GiB that torch may allocate                   cap16    GB of the whole process (0.9 of them for CUDA itself)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -51,7 +52,10 @@ class Skipped:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What `patch` did. `str()` is made to be read; `bound` and `skipped` list every module it looked at."""
+    """What `patch` did. `str()` is made to be read; `bound` and `skipped` list every module it looked at.
+
+    After the first training step it also says what was chosen then: what is kept, which attention, whether steps are recorded.
+    """
 
     model: str
     family: str | None
@@ -59,6 +63,7 @@ class PatchReport:
     runs: str
     bound: tuple[Bound, ...] = ()
     skipped: tuple[Skipped, ...] = ()
+    chosen: Callable[[], list[str]] = field(default=list, compare=False, repr=False)
 
     def __str__(self) -> str:
         family = f"family {self.family}" if self.family else "no declared family"
@@ -71,7 +76,7 @@ class PatchReport:
         for reason, count in Counter(one.reason for one in self.skipped).items():
             paths = dict.fromkeys(_stars(one.path) or self.model for one in self.skipped if one.reason == reason)
             lines.append(f"  skipped  {count:>4} x {', '.join(paths)}: {reason}")
-        return "\n".join(lines)
+        return "\n".join(lines + self.chosen())
 
 
 def patch(model: Any, *, graphs: bool = True) -> PatchReport:
@@ -106,7 +111,19 @@ def patch(model: Any, *, graphs: bool = True) -> PatchReport:
         runs="Triton kernels" if runs_on(device) else "plain PyTorch in place of the kernels",
         bound=tuple(one for one in found if isinstance(one, Bound)),
         skipped=tuple(one for one in found if isinstance(one, Skipped)),
+        chosen=lambda: _chosen(base),
     )
+
+
+def _chosen(base: Any) -> list[str]:
+    """Lines on what the engine has chosen so far."""
+    binding, graphs = binding_of(base), vars(base).get(GRAPHS)
+    if binding is None or not binding.how:
+        return []
+    lines = [f"  attention     {'; '.join(sorted(binding.how))}"]
+    lines += [f"  memory        {binding.planner.plan}"] if binding.planner.plan is not None else []
+    lines += [f"  graphs        {graphs.note}"] if graphs is not None else []
+    return lines + [f"  stock         layer {index}: {why}" for index, why in binding.reasons.items()]
 
 
 def unpatch(model: Any) -> None:

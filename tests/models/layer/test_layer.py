@@ -461,3 +461,17 @@ def test_a_base_weight_unfrozen_later_gets_its_gradient():
     step(model, **batch())
     assert binding.reasons == {}
     binding.release()
+
+
+def test_the_report_tells_what_was_chosen_once_steps_ran():
+    import nbkit
+    from nbkit.models.layer import bind as bind_whole
+
+    model = lora("llama")
+    report = nbkit.patch(model)
+    assert "attention  " not in str(report)
+    bind_whole(model.get_base_model(), find("llama"))  # as `patch` does on a GPU
+    step(model, **batch())
+    assert "attention     plain: cpu float32" in str(report) and "memory        keep level 0" in str(report)
+    nbkit.unpatch(model)
+    assert "attention  " not in str(report)
