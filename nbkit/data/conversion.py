@@ -10,6 +10,8 @@ from nbkit.config import DataRecipe
 from nbkit.data import merge
 from nbkit.data.findings import RowFault, shorten
 from nbkit.data.messages import (
+    CONTENT_KEYS,
+    SPEAKER_KEYS,
     Message,
     Note,
     check_text,
@@ -134,14 +136,18 @@ def _said(cell: Any, column: str, recipe: DataRecipe, what: str) -> tuple[list[M
 
 
 def _is_listed(text: str) -> bool:
-    """Whether a text is a JSON list of turns, as it is in a CSV file."""
-    if not text.lstrip().startswith("[{"):
+    """Whether a text is a JSON list of turns, as it is in a CSV file. Other JSON is an answer like any text."""
+    if not text.lstrip().startswith("["):
         return False
     try:
         turns = list_of(text, "")
     except RowFault:
         return False
-    return all(isinstance(turn, Mapping) for turn in turns)
+    return any(isinstance(turn, Mapping) and _is_turn(turn) for turn in turns)
+
+
+def _is_turn(turn: Mapping[str, Any]) -> bool:
+    return any(key in turn for key in SPEAKER_KEYS) and any(key in turn for key in CONTENT_KEYS)
 
 
 def _prompt(value: Mapping[str, Any], recipe: DataRecipe) -> tuple[list[Message], list[Note]]:

@@ -177,9 +177,11 @@ def _form_told(recipe: DataRecipe) -> str:
 
 
 def _suits(role: str, column: str, values: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether a column of an optional role's usual name holds what the role needs, as far as it holds anything."""
+    """Whether a column named system or tools holds what that role needs, as far as it holds anything."""
+    if role not in ("system", "tools"):
+        return True
     cells = [value[column] for value in values if not is_null(value.get(column)) and value[column] != ""]
-    kinds = (str, list, tuple) if role in ("tools", "prompt") else (str,)
+    kinds = (str, list, tuple) if role == "tools" else (str,)
     return 2 * sum(isinstance(cell, kinds) for cell in cells) >= len(cells)
 
 
@@ -204,7 +206,10 @@ def _candidates(source: Source, columns: Sequence[str]) -> list[_Candidate]:
 
 def _within(one: _Candidate, other: _Candidate) -> bool:
     """Whether a reading is but a part of another one: the turns in the column chosen are no set of their own."""
-    return set(one.columns.values()) < set(other.columns.values()) and len(one.rows) <= 2 * len(other.rows)
+    if not other.rows or not set(one.columns.values()) < set(other.columns.values()):
+        return False
+    sides = one.form in ("messages", "sharegpt") and other.form in ("preference", "kto", "prompt_completion")
+    return sides or len(one.rows) <= 2 * len(other.rows)
 
 
 def _by_names(values: Sequence[Mapping[str, Any]], lower: Mapping[str, str]) -> Iterable[_Candidate]:
@@ -226,7 +231,7 @@ def _by_names(values: Sequence[Mapping[str, Any]], lower: Mapping[str, str]) -> 
 
 def _row_fits(form: str, cells: Sequence[tuple[str, Any]]) -> bool:
     """Whether a row has what belongs there, or nothing, and not nothing at all."""
-    there = [(role, cell) for role, cell in cells if not is_null(cell)]
+    there = [(role, cell) for role, cell in cells if not is_null(cell) and cell not in ("", [], ())]
     return bool(there) and all(_fits(form, role, cell) for role, cell in there)
 
 

@@ -16,6 +16,7 @@ from nbkit.errors import DataError, nearest
 SUFFIXES = (".parquet", ".arrow", ".feather")
 BATCH = 256  # rows taken out of a table together
 BATCH_BYTES = 2**24  # and about so many bytes
+ROWS_A_BYTE = 2000  # of a file; a row is at least a bit, and packs to no less than a 250th
 
 
 def read_parquet(path: Path) -> Source:
@@ -101,6 +102,9 @@ def _arrow_rows(path: Path) -> Iterator[Row]:
     number = 0
     try:
         for batch in batches:
+            if len(batch) > ROWS_A_BYTE * path.stat().st_size:
+                raise ValueError(f"a block says that it has {len(batch):,} rows")
+            batch.validate(full=True)  # arrow trusts what lies in memory, and would read beyond it
             step = max(1, min(BATCH, BATCH_BYTES * len(batch) // max(batch.nbytes, 1)))
             for start in range(0, len(batch), step):
                 for value in batch.slice(start, step).to_pylist():

@@ -103,10 +103,10 @@ TEXT = {
 }
 TURNS = {
     "null": Fault(cell(None), ("no_messages", "null_reply", "empty_reply"), ("'{column}'", "({column})")),
-    "no turns": Fault(cell([]), ("no_messages",), ("'{column}'",)),
+    "no turns": Fault(cell([]), ("no_messages", "no_pair"), ("'{column}'",)),
     "number": Fault(cell(5), ("wrong_type", "missing_column"), ("5",)),
     "broken JSON": Fault(cell("[{'role': 'user'}]"), ("broken_json", "no_pair"), ("'{column}'",)),
-    "a turn of text": Fault(listed(lambda t: ["hello", *t]), ("wrong_type",), ("turn 1",)),
+    "a turn of text": Fault(listed(lambda t: ["hello", *t]), ("wrong_type", "no_pair"), ("turn 1", "'{column}'")),
     "a null turn": Fault(listed(lambda t: [*t, None]), ("wrong_type",), ("turn ",)),
     "unknown role": Fault(turn(1, who="narrator"), ("unknown_role",), ("'narrator'",)),
     "null role": Fault(turn(0, who=None), ("unknown_role",), ("turn 1",)),

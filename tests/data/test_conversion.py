@@ -108,6 +108,11 @@ def test_labels_that_say_nothing(label: Any) -> None:
     assert caught.value.kind == "bad_label"
 
 
+@pytest.mark.parametrize("answer", ['[{"name": "Ann", "from": "Ulm"}]', "[1, 2]", "[{", "[]", '{"role": "user", "content": "x"}'])
+def test_answers_that_are_json_are_texts(answer: str) -> None:
+    assert said({"prompt": "Q", "completion": answer}).messages[1]["content"] == answer
+
+
 def test_raw_text() -> None:
     found = said({"text": "Once upon a time.\n", "id": 1})
     assert (found.text, found.messages, found.completion_start) == ("Once upon a time.\n", [], None)
