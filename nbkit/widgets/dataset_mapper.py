@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 FINDINGS = 12  # kinds of remarks shown at most
 INTERVAL = 0.1  # seconds between two drawings of the progress
+SETTLED = 0.4  # seconds after which a rate is worth telling
+UNTOLD: dict[str, Any] = {"format": "auto", "columns": {}}
 RECIPE = tuple(field.name for field in dataclasses.fields(DataRecipe))  # each is a setting of the panel
 
 
@@ -45,6 +47,8 @@ class DatasetMapper(Panel):
         self._columns = _mapping.Columns()
         self._read_at: tuple[int, float] | None = None
         self._halt = False
+        self._asked: DataRecipe | None = None  # what is being read with
+        self._guessed: dict[str, Any] = {}  # format and columns, where they were found and not told
         self._offers: dict[str, tuple[str, DataRecipe]] = {}
         usual, rare = self._settings()
         self._more = widgets.ToggleButton(value=False, description="More settings", tooltip="Show the settings used less often")
@@ -120,7 +124,13 @@ class DatasetMapper(Panel):
         values, recipe = self.values(), self.recipe()
         if not values["source"]:
             raise DataError(f"There is no source yet; give {_mapping.HINT}.")
+        if self._still_guessed(values):
+            recipe = dataclasses.replace(recipe, **UNTOLD)
         self._launch(lambda: self._reading(values["source"], recipe, values["held_out"]))
+
+    def _still_guessed(self, values: Mapping[str, Any]) -> bool:
+        """Whether format and columns are those that were found, so that other rows are looked at afresh."""
+        return bool(self._guessed) and all(values[name] == value for name, value in self._guessed.items())
 
     def _repair(self, name: str) -> None:
         _, recipe = self._offers[name]
@@ -137,6 +147,7 @@ class DatasetMapper(Panel):
             with self.busy(f"Reading {_html.plain(source, 200)} …"):
                 self._buttons["stop"].disabled, self._buttons["stop"].layout.display = False, ""
                 report, config = await self._apart(told, lambda: self._work(source, recipe, held_out, told))
+                self._asked = recipe
                 self.session.take_data(report, config)
                 if self.inspector.inspection is not None and not self.inspector.inspection.set.counted:
                     counts = self.inspector.inspection.set.counts
@@ -190,10 +201,11 @@ class DatasetMapper(Panel):
             return
         self.inspector.box.layout.display = "none"  # what it would render, the reading thread's tokenizer is busy with
         done, total = told["done"], told["total"]
-        rate = done / max(time.monotonic() - told["began"], 1e-3)
-        said = f"{told['what']}: {done:,}" + (f" of {total:,} rows" if total else " rows") + f" · {rate:,.0f} rows/s"
-        if total:
-            said += f" · {_html.duration(max(total - done, 0) / max(rate, 1e-9))} left"
+        seconds = time.monotonic() - told["began"]
+        said = f"{told['what']}: {done:,}" + (f" of {total:,} rows" if total else " rows")
+        if seconds > SETTLED:
+            said += f" · {done / seconds:,.0f} rows/s"
+            said += f" · {_html.duration(max(total - done, 0) * seconds / done)} left" if total else ""
         share = 100 * min(done / total, 1) if total else 100
         meter = {"class": "nbk-bar", "role": "progressbar", "aria-label": "Reading progress", "aria-valuemin": 0}
         meter |= {"aria-valuemax": total or done, "aria-valuenow": done}
@@ -201,6 +213,9 @@ class DatasetMapper(Panel):
         _html.show(self._progress, _html.join((bar, _html.paragraph("nbk-hint", said))))
 
     def _changed(self, name: str) -> None:
+        if name == "source" and self._still_guessed(self.values()):
+            self._take(UNTOLD)
+            self._columns.show("auto")
         if name == "format":
             self._columns.show(self._fields["format"].read())
         if name in ("roles", "system", "template"):
@@ -217,6 +232,9 @@ class DatasetMapper(Panel):
         raws = [report.preview(index).raw for index in range(min(len(report.examples), 5))]
         names = list(dict.fromkeys(str(name) for raw in raws if isinstance(raw, dict) for name in raw))
         self._columns.offer(names)
+        asked, self._asked = self._asked or DataRecipe(), None
+        found = {name: getattr(report.recipe, name) for name in UNTOLD}
+        self._guessed = found if {name: getattr(asked, name) for name in UNTOLD} == UNTOLD else {}
         config = self.session.data_config
         settings = {name: getattr(report.recipe, name) for name in RECIPE}
         self._take(settings | {"source": _near(config.source), "held_out": _near(config.held_out)})

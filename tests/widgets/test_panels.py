@@ -267,7 +267,7 @@ def test_reading_tells_how_far_it_is_and_the_loop_goes_on(loaded: FakeSession) -
 
     panel, seen, ticks = asyncio.run(main())
     told = [text for text in seen if "of 4,000 rows" in text]
-    assert ticks > 5 and len(told) > 2 and all("rows/s" in text and "left" in text for text in told)
+    assert ticks > 5 and len(told) > 2 and sum("rows/s" in text and "left" in text for text in told) > 1
     assert panel._progress.value == "" and loaded.data is not None and panel._buttons["stop"].disabled
 
 
@@ -328,6 +328,21 @@ def test_a_missing_file_is_a_sentence(loaded: FakeSession) -> None:
     panel.set(source=" ")
     with pytest.raises(DataError, match="There is no source yet"):
         panel.click("read")
+
+
+def test_what_was_found_in_one_source_is_not_told_of_another(loaded: FakeSession) -> None:
+    panel = DatasetMapper(loaded)
+    panel.click("read")
+    assert panel.values()["format"] == "messages" and 'format="messages"' in panel.code()
+    panel.click("read")  # the same question again, so that what was kept of it is found
+    assert loaded.calls[-1][2]["recipe"] == DataRecipe()
+    panel.set(source="other.jsonl")
+    assert panel.values()["format"] == "auto" and panel.values()["columns"] == {}
+    panel.set(format="alpaca", columns={"instruction": "q", "output": "a"})
+    panel.click("read")
+    assert loaded.calls[-1][2]["recipe"] == DataRecipe(format="alpaca", columns={"instruction": "q", "output": "a"})
+    panel.set(source="third.jsonl")
+    assert panel.values()["format"] == "messages", "what was told by hand stays"
 
 
 def test_columns_that_were_seen_are_offered_where_the_format_is_not_known(loaded: FakeSession) -> None:
