@@ -199,7 +199,8 @@ class Session:
         """Read rows, find their format, render them with the model's chat template and label the replies.
 
         Args:
-            source: a JSONL, JSON or CSV file, a hub data set, `sample:ships-log`, a list of dicts or a `datasets.Dataset`.
+            source: a file (JSONL, JSON, CSV, parquet, arrow, text), a folder, a hub set (`org/name:config#train[:10000]`), an https
+                address, `sample:ships-log`, a list of dicts, a pandas or `datasets` table or stream; docs/data.md has them all.
             recipe: how columns become messages; None detects it.
             held_out: rows never trained on, for the loss before and after: another source, a number of rows,
                 or a share below 1.
@@ -241,8 +242,11 @@ class Session:
         )
 
     def take_data(self, report: DataReport, config: DataConfig) -> DataReport:
-        """Train on what `read_data` gave from now on."""
+        """Train on what `read_data` gave from now on. A template of the recipe becomes the tokenizer's, for chat and exports."""
         self._require_idle("change the data")
+        from nbkit.data.templates import adopt
+
+        adopt(self.tokenizer, report.recipe.template)
         self.data, self._data_config = report, config
         self._changed("data")
         return report

@@ -76,9 +76,14 @@ def _rows_of(source: Any) -> Iterable[Any]:
     return rows.to_dict("records") if hasattr(rows, "to_dict") and hasattr(rows, "columns") else rows
 
 
+def _plain(value: Any) -> Any:
+    """numpy's arrays, as pandas has the lists of a parquet file, are lists."""
+    return value.tolist() if hasattr(value, "tolist") else {"type": type(value).__name__}
+
+
 def _json_line(row: Any) -> bytes:
     """One row as a line. ASCII escapes keep lone surrogates readable as the text they came as; rows that are no objects keep
     their place and number, and what JSON cannot hold is written as an object, so that a value refused for its type is not
     text the next time."""
     value = dict(row) if isinstance(row, Mapping) else row
-    return (json.dumps(value, skipkeys=True, default=lambda other: {"type": type(other).__name__}) + "\n").encode()
+    return (json.dumps(value, skipkeys=True, default=_plain) + "\n").encode()

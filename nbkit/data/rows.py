@@ -43,12 +43,6 @@ class Streamed:
     def __iter__(self) -> Iterator[Row]:
         yield from islice(self._start(), self._most)  # a generator, which holds on to `self` and so to `keeps`
 
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def __getitem__(self, part: slice) -> list[Row]:
-        return list(islice(iter(self), part.start, part.stop))
-
 
 @dataclass
 class Source:
