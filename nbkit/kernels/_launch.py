@@ -73,9 +73,9 @@ class Launcher:
         self.made: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return partial(self.launch, grid)
+        return partial(self._launch, grid)
 
-    def launch(self, grid: tuple[int, ...], /, *args: Any, **constants: Any) -> None:
+    def _launch(self, grid: tuple[int, ...], /, *args: Any, **constants: Any) -> None:
         """Raises: TypeError where a parameter is missing or given in the other way."""
         current_device, current_stream, hooks = _driver()
         device = current_device()

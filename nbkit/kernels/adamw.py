@@ -189,7 +189,8 @@ def adamw_(
         copy: (P,), gets the new parameter, rounded to param's dtype first: a 16-bit copy of a float32 master.
     Raises: ValueError for buffers that are not flat, contiguous and equally long.
     """
-    n = check_flat(param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, **({} if copy is None else {"copy": copy}))
+    buffers = {"param": param, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    n = check_flat(buffers if copy is None else buffers | {"copy": copy})
     options: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
     if not use_triton(param, grad, exp_avg, exp_avg_sq):
         reference_(param, grad, exp_avg, exp_avg_sq, step, lr=lr, **options, factor=factor, skip=skip, copy=copy)
@@ -228,7 +229,7 @@ def clip_factor_(
     if not grads:
         raise ValueError("There is no gradient to take the norm of.")
     for grad in grads:
-        check_flat(grad=grad)
+        check_flat({"grad": grad})
     if not use_triton(*grads):
         _plain_factor(grads, max_norm, norm, factor, inverse_scale, skip, step)
         return
@@ -267,8 +268,8 @@ def _plain_factor(
         step.add_(ok.to(step.dtype) if skip is not None else 1)
 
 
-def check_flat(**buffers: Tensor) -> int:
-    """The common length. Raises: ValueError unless every buffer is (P,) and contiguous."""
+def check_flat(buffers: dict[str, Tensor]) -> int:
+    """The common length of buffers, by their names. Raises: ValueError unless every buffer is (P,) and contiguous."""
     lengths = {x.numel() for x in buffers.values()}
     odd = [name for name, x in buffers.items() if x.dim() != 1 or not x.is_contiguous()]
     if odd or len(lengths) != 1:

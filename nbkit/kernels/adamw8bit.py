@@ -86,12 +86,25 @@ def dequantize(codes: Tensor, absmax: Tensor, signed: bool, dtype: torch.dtype =
 # -- reference -------------------------------------------------------------------------------------
 
 
-def reference8_(param: Tensor, grad: Tensor, state: Moments8, step: Tensor, **options: Any) -> None:
+def reference8_(
+    param: Tensor,
+    grad: Tensor,
+    state: Moments8,
+    step: Tensor,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    factor: Tensor | None = None,
+    skip: Tensor | None = None,
+    copy: Tensor | None = None,
+) -> None:
     """adamw.py's reference between the two conversions; arguments as `adamw8bit_`."""
     wide = torch.promote_types(param.dtype, torch.float32)
     m, v = dequantize(state.m, state.m_max, True, wide), dequantize(state.v, state.v_max, False, wide)
-    reference_(param, grad, m, v, step, **options)
-    skip = options.get("skip")
+    options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    reference_(param, grad, m, v, step, **options, factor=factor, skip=skip, copy=copy)
     for codes, top, value, signed in ((state.m, state.m_max, m, True), (state.v, state.v_max, v, False)):
         for target, new in zip((codes, top), quantize(value, signed), strict=True):
             target.copy_(new if skip is None else torch.where(skip == 0, new.to(target.dtype), target))
@@ -175,7 +188,8 @@ def adamw8bit_(
 
     Raises: ValueError for buffers that are not flat, contiguous and equally long, or a state of another length.
     """
-    n = check_flat(param=param, grad=grad, m=state.m, v=state.v, **({} if copy is None else {"copy": copy}))
+    buffers = {"param": param, "grad": grad, "m": state.m, "v": state.v}
+    n = check_flat(buffers if copy is None else buffers | {"copy": copy})
     count = cdiv(n, BLOCK)
     if state.m_max.numel() != count or state.v_max.numel() != count:
         raise ValueError(f"A state of {n} elements has {count} blocks, not {state.m_max.numel()} and {state.v_max.numel()}.")

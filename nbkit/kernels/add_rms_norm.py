@@ -3,8 +3,8 @@
     add, then norm:  s = x + residual        y = rms_norm(s)                 ds += rms_norm's dx (dy, s);  dx = dresidual = ds
     norm, then add:  s = residual + rms_norm(x)                              dresidual = ds;  dx = rms_norm's dx (ds, x)
 
-s is rounded to x's dtype before it is normalised, as the separate steps do: both give the same bits. Read and written once:
-x, residual, s, y; apart, s would be read once more. Norms, weights, `offset` and `cast` as in rms_norm.py.
+s is rounded to x's dtype before it is normalised, and the norm before it is added, as the separate steps do. Read and written
+once: x, residual, s, y; apart, s would be read once more. Norms, weights, `offset` and `cast` as in rms_norm.py.
 Shapes: x, residual, s, y (…, D) in any strides and one dtype; weight (D,); rstd (N,) float32.
 """
 
