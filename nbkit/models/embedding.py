@@ -18,7 +18,7 @@ class Embedding:
     It stays where it is if it is trained, bound by another library, or no plain `nn.Embedding`.
     """
 
-    def __init__(self, decoder: nn.Module) -> None:
+    def __init__(self, decoder: Any) -> None:
         found = decoder.get_input_embeddings() if hasattr(decoder, "get_input_embeddings") else None
         self.module = found if type(found) is nn.Embedding else None
 

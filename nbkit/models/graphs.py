@@ -103,6 +103,9 @@ class Recorded:
     pending: Any = None  # weak reference to the last replay's Pending
     last_used: int = 0
 
+    def __post_init__(self) -> None:
+        self.shapes, self.sizes = [p.shape for p in self.params], [p.numel() for p in self.params]
+
     def replay(self, ids: Tensor, targets: Tensor, items: float | Tensor | None, pack: Pack | None) -> Pending:
         last = self.pending() if self.pending is not None else None
         if last is not None:
@@ -263,7 +266,7 @@ class Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, one: Recorded, ids: Tensor, targets: Tensor, items: Any, pack: Any, *params: Tensor) -> Tensor:
         ctx.one = one
-        ctx.pending, ctx.params = one.replay(ids, targets, items, pack), [(p.shape, p.numel()) for p in params]
+        ctx.pending = one.replay(ids, targets, items, pack)
         return one.loss.clone()
 
     @staticmethod
@@ -279,8 +282,8 @@ class Replay(torch.autograd.Function):
         else:
             scaled = ctx.pending.flat * g
         ctx.pending.used = True
-        parts = scaled.split([n for _, n in ctx.params])
-        return (None, None, None, None, None, *(part.view(shape) for part, (shape, _) in zip(parts, ctx.params, strict=True)))
+        parts = scaled.split(ctx.one.sizes)
+        return (None, None, None, None, None, *(part.view(shape) for part, shape in zip(parts, ctx.one.shapes, strict=True)))
 
 
 class ReadOnly(torch.autograd.Function):

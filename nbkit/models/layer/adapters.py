@@ -77,6 +77,36 @@ class Watch:
         )
 
 
+class Everything:
+    """Whether anything changed in any layer since the last full look. One flat list: with 112 linears this is asked at the start
+    of every step, before the GPU has work."""
+
+    def __init__(self) -> None:
+        self.places: list[tuple[dict[str, Any], str, Any]] = []
+        self.merged: list[tuple[list[str], bool]] = []
+        self.trained: list[tuple[Tensor, bool]] = []
+        self.addresses: list[tuple[Tensor, int]] = []
+
+    def add(self, watch: Watch) -> None:
+        """Watch what `watch` watches."""
+        self.places += watch.places
+        self.merged += watch.merged
+        self.trained += watch.trained
+
+    def fresh(self) -> bool:
+        """Whether everything is as it was."""
+        for held, key, value in self.places:
+            if held.get(key) is not value:
+                return False
+        for p, was in self.trained:
+            if p.requires_grad is not was:
+                return False
+        for p, at in self.addresses:
+            if p.data_ptr() != at:
+                return False
+        return all(bool(names) is there for names, there in self.merged)
+
+
 def terms(module: nn.Module, start: int, stop: int, offset: int, name: str) -> list[Term]:
     """The LoRA terms of one linear.
 

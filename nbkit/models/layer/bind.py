@@ -15,7 +15,7 @@ from nbkit.families import Family
 from nbkit.kernels.lora_border import BorderWriter
 from nbkit.models import attention, planner
 from nbkit.models.embedding import Embedding
-from nbkit.models.layer.adapters import Unfit
+from nbkit.models.layer.adapters import Everything, Unfit
 from nbkit.models.layer.forward import Call
 from nbkit.models.layer.function import GradientRows, LayerFunction
 from nbkit.models.layer.keep import Keep
@@ -43,6 +43,7 @@ class Binding:
         self.planner = planner.Planner()
         self.planning: list[Callable[[], None]] = []  # called before memory is planned: who holds some that it may give back
         self.how: set[str] = set()  # the attention implementations met, for the report
+        self.everything: Everything | None = None
         self.version = 0  # goes up when anything changes that a recorded step holds fixed
         self.writer: BorderWriter | None = None
         self.checkpoint: bool | str | None = None  # as a trainer asks for it: anything but None and False saves memory
@@ -94,12 +95,26 @@ class Binding:
 
     def refresh(self) -> None:
         """Read all adapters again; `version` goes up if anything changed."""
+        if self.everything is not None and self.everything.fresh():
+            return
         changed = False
         for layer in self.bound:
             changed |= layer.refresh()
         if changed or self.writer is None or self.writer.stale():
             self.writer = BorderWriter([c for b in self.bound for g in b.parts.groups for c in g.borders()])
             self.version += 1
+        self.everything = self._everything()
+
+    def _everything(self) -> Everything | None:
+        """What tells at the next forward that nothing changed; None where a full look is needed each time."""
+        found = Everything()
+        for bound in self.bound:
+            layer = bound.parts.layer
+            found.places += [(vars(layer), key, vars(layer).get(key)) for key in ("training", "gradient_checkpointing")]
+            found.trained += [(norm.weight, norm.weight.requires_grad) for norm in bound.parts.norms]
+            if self.reasons or not all([group.report_to(found) for group in bound.parts.groups]):
+                return None
+        return found
 
     def before(self, kwargs: dict[str, Any]) -> None:
         """At the start of each forward: bring the borders up to date, and say once for all layers what the mask is."""
