@@ -199,11 +199,9 @@ class Session:
         """Read rows, find their format, render them with the model's chat template and label the replies.
 
         Args:
-            source: a file (JSONL, JSON, CSV, parquet, arrow, text), a folder, a hub set (`org/name:config#train[:10000]`), an https
-                address, `sample:ships-log`, a list of dicts, a pandas or `datasets` table or stream; docs/data.md has them all.
+            source: a file, folder, hub set (`org/name:config#train[:99]`), https address, sample or rows in memory; docs/data.md.
             recipe: how columns become messages; None detects it.
-            held_out: rows never trained on, for the loss before and after: another source, a number of rows,
-                or a share below 1.
+            held_out: rows never trained on, for the loss before and after: another source, a number of rows, a share below 1.
         Raises: DataError, with row numbers.
         """
         return self.take_data(*self.read_data(source, recipe, held_out, seed))
