@@ -13,6 +13,7 @@ from nbkit.config import DataRecipe
 from nbkit.errors import ConfigError
 from nbkit.widgets import _fields
 from nbkit.widgets._fields import Field
+from nbkit.widgets._html import plain
 
 SAMPLE = "sample:ships-log"
 HINT = "a file or folder · org/name · org/name:config#train[:1000] · https://… · sample:ships-log"
@@ -25,12 +26,14 @@ ROLES = {  # of the columns of each format, as `DataRecipe` names them
     "kto": ("prompt", "completion", "label", "system", "tools"),
     "text": ("text",),
 }
+SHARED = ("system", "tools")
+OPTIONAL = ("input", *SHARED)  # roles that no format needs
 FORMATS = (
     ("detect it", "auto"),
     ("Alpaca", "alpaca"),
     ("ShareGPT", "sharegpt"),
     ("messages", "messages"),
-    ("prompt, completion", "prompt_completion"),
+    ("prompt, reply", "prompt_completion"),
     ("preference", "preference"),
     ("KTO", "kto"),
     ("plain text", "text"),
@@ -98,9 +101,11 @@ class Columns:
 
     def __init__(self) -> None:
         names = list(dict.fromkeys(role for roles in ROLES.values() for role in roles))
-        names.sort(key=lambda role: role in ("system", "tools"))  # of many formats, and seldom used: last
+        names.sort(key=lambda role: role in SHARED)  # of many formats, and seldom used: last
         self.boxes = {
-            role: _fields.labelled(widgets.Combobox(continuous_update=False, placeholder="none"), f"Column of {role}")
+            role: _fields.labelled(
+                widgets.Combobox(continuous_update=False, placeholder="none" if role in OPTIONAL else ""), f"Column of {role}"
+            )
             for role in names
         }
         row = widgets.HBox(list(self.boxes.values()))
@@ -114,8 +119,10 @@ class Columns:
 
     def offer(self, names: list[str]) -> None:
         """Columns to choose from."""
-        for box in self.boxes.values():
-            box.options = [name for name in names if _fields.sendable(name)]
+        names = [name for name in names if _fields.sendable(name)]
+        for role, box in self.boxes.items():
+            box.options = names
+            box.placeholder = "none" if role in OPTIONAL or not names else plain(", ".join(names), 30)
 
     def _read(self) -> dict[str, str]:
         return {role: box.value.strip() for role, box in self.boxes.items() if box.value.strip()}

@@ -73,7 +73,7 @@ class DatasetMapper(Panel):
             *(self._found, self._offered, self._repairs, self.inspector.box),
         )
         head, body, said, code = self.section.children
-        self.section.children = (head, said, body, code)  # this panel is long: what it says stands above all
+        self.section.children = (head, said, code, body)  # this panel is long: what it says stands above all
         self._show()
 
     def _settings(self) -> tuple[list[Any], list[Any]]:
