@@ -116,14 +116,12 @@ def key_of(sources: Sequence[Source | None], settings: Sequence[Any], recipe: Da
     contents = [None if source is None else _content(source) for source in sources]
     if any(source is not None and content is None for source, content in zip(sources, contents, strict=True)):
         return None
-    template = f"{tokenizer.chat_template}{recipe.template}"
     about = {
         "schema": SCHEMA,
         "rows": [[source.name, content] for source, content in zip(sources, contents, strict=True) if source is not None],
         "settings": [repr(setting) for setting in settings],
         "recipe": dataclasses.asdict(recipe),
-        "tokenizer": _tokenizer(tokenizer),
-        "day": time.strftime("%Y-%m-%d") if "strftime" in template else "",  # such a template writes the date
+        "tokenizer": _tokenizer(tokenizer, None if recipe.template else tokenizer.chat_template),
         "code": _code(),
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:40]
@@ -142,9 +140,9 @@ def _content(source: Source) -> str | None:
     return digest.hexdigest()
 
 
-def _tokenizer(tokenizer: Any) -> str:
+def _tokenizer(tokenizer: Any, template: Any) -> str:
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
-    digest.update(repr((type(tokenizer).__name__, tokenizer.chat_template, tokenizer.special_tokens_map)).encode())
+    digest.update(repr((type(tokenizer).__name__, template, tokenizer.special_tokens_map)).encode())
     return digest.hexdigest()
 
 

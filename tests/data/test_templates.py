@@ -11,7 +11,7 @@ import pytest
 
 from nbkit.data.findings import RowFault
 from nbkit.data.template import Renderer, Row
-from nbkit.data.templates import NAMED, find, resolve
+from nbkit.data.templates import NAMED, adopt, find, resolve
 from nbkit.errors import DataError
 from tests.data.oracle import chat
 from tests.data.vocab import tokenizer
@@ -189,3 +189,20 @@ def test_own_template_name_and_jinja_text() -> None:
     assert resolve(None, made).name == "chatml" and resolve(None, made, tools=True).name == "qwen-2.5"
     assert "# Tools" in Renderer(made).render(called(), [WEATHER]).text
     assert "# Tools" not in Renderer(made).render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]).text
+
+
+def test_a_recipes_template_becomes_the_tokenizers_until_it_is_given_back() -> None:
+    base = tokenizer("bytes", controls=False)
+    assert base.chat_template is None
+    adopt(base, "chatml")
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    assert base.apply_chat_template(turns, tokenize=False) == "<|im_start|>user\nQ</s>\n<|im_start|>assistant\nA</s>\n"
+    assert Renderer(base).render(turns) == Renderer(base, "chatml").render(turns)
+    assert Renderer(base).resolved.known
+    adopt(base, "llama-3")
+    adopt(base, None)
+    assert base.chat_template is None
+    adopt(base, None)
+    with pytest.raises(DataError, match="no chat template"):
+        adopt(base, "nothing")
+    assert base.chat_template is None

@@ -7,6 +7,7 @@ today's date would give other tokens, another fingerprint and a broken resume ev
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -187,6 +188,24 @@ def resolve(template: str | None, tokenizer: Any, tools: bool = False) -> Resolv
             )
     same = next((named for named in NAMED if fits(named, template, tokenizer)), None)
     return Resolved(template, same.stop if same else None, same is not None, same.name if same else "its own")
+
+
+def adopt(tokenizer: Any, template: str | None) -> None:
+    """Make the template of a recipe the tokenizer's, so that chat, checkpoints and exports write what was trained.
+
+    None gives the tokenizer back the one that it had before the first call.
+
+    Raises: DataError as `resolve` does.
+    """
+    if template is not None:
+        text = resolve(template, tokenizer).text
+        _BEFORE.setdefault(tokenizer, tokenizer.chat_template)
+        tokenizer.chat_template = text
+    elif tokenizer in _BEFORE:
+        tokenizer.chat_template = _BEFORE.pop(tokenizer)
+
+
+_BEFORE: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def _own(tokenizer: Any, tools: bool) -> str | None:
