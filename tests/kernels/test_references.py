@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from nbkit.kernels import Case, KernelOp, adamw8bit, all_ops
+from nbkit.kernels import Case, KernelOp, adamw8bit, add_rms_norm, all_ops, geglu, layer_norm, qk_norm_rope
 from nbkit.kernels import linear_cross_entropy as lce
 from nbkit.kernels import rms_norm as rms
 from nbkit.kernels import rope as rp
@@ -59,8 +59,23 @@ def test_raw_functions_by_finite_differences() -> None:
     x, weight = torch.randn(3, 9, dtype=torch.float64, requires_grad=True), torch.rand(9, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda *a: rms._RMSNorm.apply(*a, 1e-6, 1.0, rms.LAST), (x, weight))
     turned = torch.randn(2, 3, 2, 6, dtype=torch.float64, requires_grad=True)
-    angle = torch.rand(3, 3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: rp._Rope.apply(x, angle.cos(), angle.sin(), None, False), (turned,))
+    angle = torch.rand(3, 2, dtype=torch.float64)  # two pairs turn, two columns stay
+    for pairs in (False, True):
+        assert torch.autograd.gradcheck(
+            lambda x, p=pairs: rp._Rope.apply(x, angle.cos(), angle.sin(), None, False, p, 4), (turned,)
+        )
+    for form in (geglu.TANH, geglu.EXACT):
+        assert torch.autograd.gradcheck(lambda g, u, f=form: geglu._GeGLU.apply(g, u, f), (gate, up))
+    bias, residual = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((9,), (3, 9)))
+    assert torch.autograd.gradcheck(lambda *a: layer_norm._LayerNorm.apply(*a, 1e-6), (x, weight, bias))
+    assert torch.autograd.gradcheck(lambda *a: add_rms_norm._AddRMSNorm.apply(*a, 1e-6, 1.0, rms.LAST), (x, residual, weight))
+    k = torch.randn(2, 3, 1, 6, dtype=torch.float64, requires_grad=True)
+    wq, wk = (torch.rand(6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    for pairs in (False, True):
+        how = {"offset": 1.0, "interleaved": pairs, "rotary": 4}
+        assert torch.autograd.gradcheck(
+            lambda *a, h=how: qk_norm_rope._QKNormRope.apply(*a, angle.cos(), angle.sin(), 1e-6, h), (turned, k, wq, wk)
+        )
 
 
 def test_loss_equals_torch_with_weight_gradients() -> None:
