@@ -16,6 +16,7 @@ from nbkit.errors import DataError
 from tests.data.oracle import chat
 from tests.data.vocab import tokenizer
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 TOKENIZER = tokenizer()
 # our name → TRL's file, which is the checkpoint's; 3.2 writes today's date where 3.1 writes its own
 TRL = {
@@ -189,6 +190,15 @@ def test_own_template_name_and_jinja_text() -> None:
     assert resolve(None, made).name == "chatml" and resolve(None, made, tools=True).name == "qwen-2.5"
     assert "# Tools" in Renderer(made).render(called(), [WEATHER]).text
     assert "# Tools" not in Renderer(made).render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]).text
+
+
+def test_the_documentation_has_the_table_of_the_code() -> None:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
+    assert spec is not None and spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    text = (ROOT / "docs" / "templates.md").read_text(encoding="utf-8")
+    assert f"<!-- templates -->\n{tables.templates_table()}\n<!-- /templates -->" in text, "run: python docs/tables.py"
 
 
 def test_a_recipes_template_becomes_the_tokenizers_until_it_is_given_back() -> None:
