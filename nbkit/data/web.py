@@ -102,7 +102,7 @@ def fetch(url: str, suffixes: tuple[str, ...]) -> tuple[Path, tempfile.Temporary
                 hops.append(_redirect(response, hops, shown))
                 continue
             _accepted(response, shown)
-            folder = tempfile.TemporaryDirectory(prefix="nbkit-")
+            folder = tempfile.TemporaryDirectory(prefix="nbkit-", ignore_cleanup_errors=True)
             path = Path(folder.name) / _file_name(hops, response, suffixes, shown)
             _download(response, path, shown)
             return path, folder
