@@ -98,12 +98,12 @@ def _cannot(way: str, sentence: str) -> Search:
 
 
 def _ends(messages: Sequence[Message], first: int) -> list[int]:
-    """Where a conversation may end: after a reply that the user answers, or at the very end; counted in messages."""
+    """Where a conversation may end: after a reply that the user answers (so no call is parted from its result), or at the very
+    end; counted in messages."""
     return [
         end
         for end in range(first + 1, len(messages) + 1)
         if messages[end - 1]["role"] == "assistant"
-        and not messages[end - 1].get("tool_calls")
         and (end == len(messages) or messages[end]["role"] == "user")
     ]
 
@@ -128,8 +128,7 @@ def _split(row: Turns, limit: int) -> Search:
         return Fitted([], "split", "it has no turns between which it could be split")
     pieces: list[Piece] = []
     left_out: list[str] = []
-    while start < len(messages):
-        further = [end for end in ends if end > start]
+    while further := [end for end in ends if end > start]:
         runs = [[*system, *messages[start:end]] for end in further]
         found, place = yield from _longest(row.conversation, runs, messages, total, limit)
         if found is None:

@@ -165,13 +165,19 @@ def test_pieces_of_text_begin_with_bos_where_the_text_does() -> None:
     )
     text = " ".join(f"word{i}" for i in range(200))
     recipe = DataRecipe(format="text", too_long="split")
-    found = prepare([{"text": text}], made, recipe, max_seq_length=50)
     whole = prepare([{"text": text}], made, DataRecipe(format="text"), max_seq_length=5_000).examples[0]["input_ids"]
-    assert whole[0] == bos and "each begins with BOS" in found.findings[0].sentence
-    pieces = [example["input_ids"] for example in found.examples]
-    assert all(piece[0] == bos and bos not in piece[1:] for piece in pieces)
-    assert [token for piece in pieces for token in piece[1:]] == whole[1:]
-    assert all(example["labels"][0] == IGNORE_INDEX and IGNORE_INDEX not in example["labels"][1:] for example in found.examples)
+    assert whole[0] == bos
+    for limit in (*range(40, 60), len(whole) - 1, len(whole) // 2, len(whole) // 2 + 1):
+        found = prepare([{"text": text}], made, recipe, max_seq_length=limit)
+        check(found, 1, limit)
+        pieces = [example["input_ids"] for example in found.examples]
+        assert "each begins with BOS" in found.findings[0].sentence
+        assert all(piece[0] == bos and bos not in piece[1:] for piece in pieces)
+        assert [token for piece in pieces for token in piece[1:]] == whole[1:]
+        assert all(e["labels"][0] == IGNORE_INDEX and IGNORE_INDEX not in e["labels"][1:] for e in found.examples)
+    shown = texts(prepare([{"text": text}], made, recipe, max_seq_length=50))
+    assert all(one.startswith(made.bos_token) for one in shown)
+    assert "".join(one.removeprefix(made.bos_token) for one in shown) == text + made.eos_token
 
 
 def test_a_pair_is_neither_cut_nor_split() -> None:
@@ -197,6 +203,11 @@ def test_tool_calls_are_not_parted_from_their_answers() -> None:
     check(found, 2, limit)
     assert found.used == 2 and "the last 4 of 6 turns" in found.findings[0].sentence
     assert json.dumps("sky") not in texts(found)[0]
+    ends_with_call = [*chat([2, 9])["messages"], *turns[:2]]
+    limit = report([{"messages": ends_with_call}], 10_000, template="qwen-2.5").lengths[0] - 1
+    found = report([{"messages": ends_with_call}], limit, template="qwen-2.5", too_long="split")
+    check(found, 1, limit)
+    assert len(found.examples) == 2 and "sky" in texts(found)[1]
 
 
 def test_a_row_that_changed_since_is_not_shown_as_the_old_one(tmp_path: Path) -> None:

@@ -120,6 +120,23 @@ def test_rows_that_are_the_same_are_told_and_dropped_where_the_recipe_says_so() 
     assert not [f for f in apart.findings if f.kind == "overlap"]
 
 
+def test_rows_are_the_same_by_their_tokens_and_not_by_a_digest_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nbkit.data import collect
+
+    class One:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+        def update(self, _: bytes) -> None: ...
+        def digest(self) -> bytes:
+            return bytes(8)
+
+    monkeypatch.setattr(collect.hashlib, "blake2b", One)
+    found = report(rows(6), duplicates="drop", held_out=rows(8)[6:])
+    check(found, 6)
+    assert found.findings == () and found.used == 6
+    found = report([*rows(1), *rows(1)], duplicates="drop")
+    assert found.duplicates == [2] and found.used == 1
+
+
 def test_every_repair_that_is_offered_can_be_carried_out() -> None:
     def turns(*roles: str) -> dict[str, Any]:
         return {"messages": [{"role": role, "content": f"{role} {n} {'wind ' * 9}"} for n, role in enumerate(roles)]}

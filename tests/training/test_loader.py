@@ -135,6 +135,14 @@ def test_no_switch_changes_what_is_trained(switches: dict[str, Any]) -> None:
         assert not config.train.packing or len(widths) == 1
 
 
+def test_a_first_token_is_not_counted_as_trained() -> None:
+    rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8, 9], "labels": [8, -100]}]
+    for switches in ({"batch_size": 2}, {"packing": True, "pack_tokens": 8}):
+        config = rig.config(None, **switches)
+        (batch,) = loader.train_loader(config, rows, loader.collator(config, rows, 2), pin_memory=False)
+        assert batch[loader.COUNTS] == (2, 5)
+
+
 def test_padding_free_batches_hold_the_same_rows() -> None:
     rows = rig.examples(41)
     made = loader.train_loader(rig.config(None, batch_size=4), rows, PackCollator(2), pin_memory=False)
