@@ -92,12 +92,12 @@ def render(template: str, names: dict[str, str], job: Job) -> str:
     return compiled(template).render(messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **names)
 
 
-def answer(template: str, names: dict[str, str], job: Job) -> tuple[str, str]:
+def answer(template: str, names: dict[str, str], job: Job, seconds: float = SECONDS) -> tuple[str, str]:
     """("text", what was rendered), ("refused", the template's own words) or ("too_much", the limit it ran into)."""
     try:
         text = render(template, names, job)
     except TooMuch:
-        return "too_much", f"it took more than {SECONDS:g} s"
+        return "too_much", f"it took more than {seconds:g} s"
     except MemoryError:
         return "too_much", f"it took more than {MEMORY >> 20} MB"
     except Exception as error:  # whatever a template's own code may raise
@@ -161,15 +161,16 @@ def serve(source: IO[bytes], sink: IO[bytes]) -> None:
             return
         if clock:
             signal.alarm(0)
+        seconds = batch["seconds"]
         for job in batch["jobs"]:
             try:
                 if clock:
-                    signal.setitimer(signal.ITIMER_PROF, SECONDS)
-                found = answer(batch["template"], batch["names"], job)
+                    signal.setitimer(signal.ITIMER_PROF, seconds)
+                found = answer(batch["template"], batch["names"], job, seconds)
                 if clock:
                     signal.setitimer(signal.ITIMER_PROF, 0)
             except TooMuch:  # between the rendering and the clock's being stopped
-                found = ("too_much", f"it took more than {SECONDS:g} s")
+                found = ("too_much", f"it took more than {seconds:g} s")
             write_frame(sink, found)
 
 

@@ -21,6 +21,7 @@ from nbkit.data.findings import RowFault
 from nbkit.data.jinja_worker import Job, answer, read_frame, write_frame
 
 PATIENCE = 30.0  # seconds of real time for one answer; the worker's own clock, of processor time, is the usual bound
+HOPELESS = 5  # times in a row that a template is stopped before it is given up
 BATCH = 4_000_000  # characters of messages that are sent at once
 KEPT = ("PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "HOME", "LD_LIBRARY_PATH", "SYSTEMROOT", "TEMP", "TMP")
 
@@ -37,25 +38,38 @@ def render_here(template: str, names: dict[str, str], jobs: Sequence[Job]) -> li
 
 
 class Worker:
-    """The other process: started when it is needed, replaced when it was stopped."""
+    """The other process: started when it is needed, replaced when it was stopped.
 
-    def __init__(self) -> None:
+    `seconds`: of processor time that one rendering may take."""
+
+    def __init__(self, seconds: float = jinja_worker.SECONDS) -> None:
+        self.seconds = seconds
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._died = False  # without an answer, just now
+        self._stopped: dict[str, int] = {}  # template → how often in a row
 
     def render(
         self, template: str, names: dict[str, str], jobs: Sequence[Job], patience: float = PATIENCE
     ) -> list[str | RowFault]:
-        """The texts of the jobs, or the fault of each, in their order."""
+        """The texts of the jobs, or the fault of each, in their order. A template that was stopped so often that there is no
+        hope is not tried again."""
         found: list[str | RowFault] = []
         with self._lock:
-            for batch in _batches(jobs):
-                done = len(found)
-                while len(found) < done + len(batch):
-                    rest = batch[len(found) - done :]
-                    self._ask({"template": template, "names": names, "jobs": rest})
-                    found += self._collect(len(rest), patience)
+            try:
+                for batch in _batches(jobs):
+                    start = len(found)
+                    while (done := len(found) - start) < len(batch):
+                        if self._stopped.get(template, 0) >= HOPELESS:
+                            hopeless = f"it was stopped {HOPELESS} times in a row and is not tried again"
+                            found += [fault_of("too_much", hopeless)] * (len(batch) - done)
+                            break
+                        self._ask({"template": template, "names": names, "jobs": batch[done:], "seconds": self.seconds})
+                        found += self._collect(template, len(batch) - done, patience)
+            except BaseException:  # such as the notebook's stop button: what is still to be answered must not answer the next
+                self.stop()
+                raise
         return found
 
     def _ask(self, batch: dict[str, Any]) -> None:
@@ -70,20 +84,29 @@ class Worker:
                 self.stop()
         raise RowFault("template_limit", "the process that renders chat templates cannot be started")
 
-    def _collect(self, count: int, patience: float) -> list[str | RowFault]:
-        """The answers to come; fewer than `count` if the worker had to be stopped or died, the last then a fault."""
+    def _collect(self, template: str, count: int, patience: float) -> list[str | RowFault]:
+        """The answers to come; fewer than `count` if the worker had to be stopped or died, or the template is hopeless."""
         found: list[str | RowFault] = []
-        while len(found) < count:
+        while len(found) < count and self._stopped.get(template, 0) < HOPELESS:
             try:
                 answered = self._answers.get(timeout=patience)
             except queue.Empty:
+                answered = "too_much", f"it took more than {patience:g} s"
                 self.stop()
-                return [*found, fault_of("too_much", f"it took more than {patience:g} s")]
-            if answered is None:
+            if answered is None:  # the process is no more
                 self.stop()
-                return [*found, fault_of("too_much", f"it ended the process that renders it, which may take {_megabytes()} MB")]
+                if not found and not self._died:  # it may have been idle for so long that it ended when it was asked
+                    self._died = True
+                    return []
+                answered = "too_much", f"it ended the process that renders it, which may take {_megabytes()} MB"
+            self._died = False
             kind, text = answered
             found.append(text if kind == "text" else fault_of(kind, text))
+            self._stopped[template] = self._stopped.get(template, 0) + 1 if kind == "too_much" else 0
+            if self._process is None:
+                break
+        if len(found) < count:
+            self.stop()
         return found
 
     def _start(self) -> None:

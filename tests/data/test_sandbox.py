@@ -23,7 +23,7 @@ posix = pytest.mark.skipif(sys.platform != "linux", reason="limits on memory hol
 
 @pytest.fixture(scope="module")
 def worker() -> Any:
-    made = Worker()
+    made = Worker(seconds=0.4)
     yield made
     made.stop()
 
@@ -68,7 +68,7 @@ PRYING = {
 @pytest.mark.parametrize("name", ENDLESS)
 def test_an_endless_template_is_stopped_by_its_own_clock(worker: Worker, name: str) -> None:
     found = fault(worker, ENDLESS[name])
-    assert found.kind == "template_limit" and "more than 2 s" in found.sentence
+    assert found.kind == "template_limit" and "more than 0.4 s" in found.sentence
 
 
 @posix
@@ -108,6 +108,38 @@ def test_a_worker_that_dies_or_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch
         (found,) = made.render(loop, {}, [JOB], patience=0.2)  # as where there is no clock inside
         assert isinstance(found, RowFault) and found.kind == "template_limit" and "0.2 s" in found.sentence
         assert made._process is None
+        assert made.render(ECHO, {}, [JOB]) == ["x"]
+    finally:
+        made.stop()
+
+
+def test_a_template_that_always_loops_is_given_up_after_a_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "HOPELESS", 2)
+    made = Worker()
+    try:
+        before = time.monotonic()
+        found = made.render(ENDLESS["nested loops"], {}, [JOB] * 1000, patience=0.3)
+        assert len(found) == 1000 and all(isinstance(one, RowFault) and one.kind == "template_limit" for one in found)
+        assert "0.3 s" in str(found[0]) and "2 times in a row and is not tried again" in str(found[2])
+        assert made.render(ENDLESS["nested loops"], {}, [JOB])[0].kind == "template_limit"  # type: ignore[union-attr]
+        assert time.monotonic() - before < 5
+        assert made.render(ECHO, {}, [JOB]) == ["x"], "other templates go on"
+    finally:
+        made.stop()
+
+
+def test_an_interrupt_leaves_no_answer_for_the_next_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Worker()
+    try:
+        true = made._collect
+
+        def interrupted(*arguments: Any) -> Any:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(made, "_collect", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            made.render(ECHO, {}, [([{"role": "user", "content": "old"}], None, False)])
+        monkeypatch.setattr(made, "_collect", true)
         assert made.render(ECHO, {}, [JOB]) == ["x"]
     finally:
         made.stop()
@@ -157,6 +189,10 @@ def test_known_templates_start_no_process_and_others_do(monkeypatch: pytest.Monk
     with pytest.raises(RowFault):
         Renderer(tokenizer(), "{{ 'unknown' }}").render(turns)
     assert asked
+
+
+def test_a_row_may_take_two_seconds() -> None:
+    assert sandbox.worker.seconds == jinja_worker.SECONDS == 2.0
 
 
 def test_the_environment_is_the_one_of_transformers() -> None:
