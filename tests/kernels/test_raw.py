@@ -16,6 +16,7 @@ from nbkit.kernels import nf4_gemv as gemv
 from nbkit.kernels import qk_norm_rope as qkn
 from nbkit.kernels import rms_norm as rms
 from nbkit.kernels import rope as rp
+from nbkit.kernels import rope_pack as pack
 from nbkit.kernels import swiglu as sw
 from tests.closeness import assert_close
 
@@ -160,6 +161,23 @@ def test_qk_norm_rope_refuses_what_does_not_fit() -> None:
         qkn.qk_norm_rope_forward(
             q, k, w, w, q[0, :, 0], q[0, :, 0], 1e-5, out=(q, torch.zeros(1, 2, 8, 8, device=DEVICE).mT[:, :, :1])
         )
+
+
+@pytest.mark.parametrize("rotary", [16, 6])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope_pack_undoes_rope(interleaved: bool, rotary: int) -> None:
+    """Rows that rope turned come back as they were, dv as it is."""
+    b, t, h, g, k = 2, 3, 4, 2, 16
+    x = torch.randn(b, t, h + 2 * g, k, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    angle = torch.rand(b, t, rotary // 2, generator=torch.Generator().manual_seed(2)).to(DEVICE) * 6
+    whole = torch.cat((angle, angle), -1)
+    y = x.clone()
+    rp.rope_rotate_(y[:, :, : h + g], angle.cos(), angle.sin(), interleaved=interleaved, rotary=rotary)
+    dq, dk, dv = (part.transpose(1, 2) for part in y.split((h, g, g), dim=2))
+    out = torch.empty(b * t, (h + 2 * g) * k, device=DEVICE)
+    pack.rotate_pack(dq, dk, dv, whole.cos(), whole.sin(), out, interleaved=interleaved, rotary=rotary)
+    close("turned back", out, x.reshape(b * t, -1).double())
+    assert torch.equal(out[:, (h + g) * k :], x[:, :, h + g :].reshape(b * t, -1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
