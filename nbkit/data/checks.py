@@ -145,6 +145,7 @@ def look_through(
     *,
     max_length: int | None = None,
     own_text: str = "",
+    rendered: bool = False,
     progress: Progress | None = None,
 ) -> Counts:
     """Look at the ids and labels of every row, and at the texts of at most `TEXTS` of them, evenly spread.
@@ -154,10 +155,11 @@ def look_through(
         rows: the row number of each.
         max_length: tokens; a row of this length that does not end with a stop token was cut off.
         own_text: what the template itself writes; markers that stand in it are no fault.
+        rendered: whether the rows are known to be rendered by that very template.
     """
     counts, seen = Counts(), {}
     step = max(1, -(-len(examples) // TEXTS))
-    markers = _Markers(own_text)
+    markers = _Markers(own_text, rendered)
     for number, row in enumerate(rows):
         sequences = arrays_of(examples, number)
         counts.lengths.append(sum(len(ids) for ids, _ in sequences))
@@ -226,10 +228,10 @@ def _between(ids: Ids, runs: list[tuple[int, int]], reader: Reader) -> list[str]
 
 
 class _Markers:
-    """Signs of mixed-up roles. What the template writes itself, or stands in most of the rows, is no sign."""
+    """Signs of mixed-up roles. What the template writes itself is no sign."""
 
-    def __init__(self, own_text: str) -> None:
-        self._own = own_text.casefold()
+    def __init__(self, own_text: str, known: bool) -> None:
+        self._own, self._known = own_text.casefold(), known
         self._rows: dict[tuple[str, str], list[int]] = {}
         self.count = 0
 
@@ -253,8 +255,8 @@ class _Markers:
 
     def found(self) -> Iterator[tuple[str, int]]:
         for (kind, _), rows in self._rows.items():
-            # A mark in nearly every row that is not trained is a template's, also where its text is not known.
-            if kind != "prompt_as_reply" or self.count < 4 or len(rows) <= self.count / 2:
+            # Where the template is not known, a mark that stands in most of the rows is taken for the template's.
+            if self._known or self.count < 4 or len(rows) <= self.count / 2:
                 yield from ((kind, row) for row in rows)
 
 

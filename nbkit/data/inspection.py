@@ -17,7 +17,7 @@ import numpy as np
 from nbkit.config import TrainConfig
 from nbkit.data import inspection_html, inspection_text
 from nbkit.data.checks import Counts, Problem, Progress, arrays_of, look_at_batch, look_through
-from nbkit.data.findings import USED, Finding, grouped, rows_text
+from nbkit.data.findings import USED, Finding, RowFault, grouped, rows_text
 from nbkit.data.tokens import Line, Reader, lines
 from nbkit.errors import DataError
 from nbkit.markup import Markup
@@ -75,9 +75,14 @@ class InspectedSet:
     def counts(self, progress: Progress | None = None) -> Counts:
         """What a look through all rows finds; done once."""
         if self._counts is None:
-            own = f"{getattr(self.reader.tokenizer, 'chat_template', '')} {_template_of(self.report)}"
             self._counts = look_through(
-                self.examples, self.rows, self.reader, max_length=self.max_length, own_text=own, progress=progress
+                self.examples,
+                self.rows,
+                self.reader,
+                max_length=self.max_length,
+                own_text=_own_text(self.reader.tokenizer, self.report),
+                rendered=self.report is not None,
+                progress=progress,
             )
         return self._counts
 
@@ -230,8 +235,22 @@ class Inspection:
         return figure(self)
 
 
-def _template_of(report: Any) -> str:
-    return str(getattr(getattr(report, "recipe", None), "template", None) or "")
+def _own_text(tokenizer: Any, report: Any) -> str:
+    """What the chat template writes itself, as far as its text and a short conversation show it; "" where there is none."""
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant")] * 2
+    reread = getattr(report, "reread", None)
+    if reread is not None:
+        try:
+            return reread.renderer.render(turns).text
+        except RowFault:
+            return reread.renderer.resolved.text
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        return ""
+    try:
+        return f"{template} {tokenizer.apply_chat_template(turns, tokenize=False)}"
+    except Exception:  # whatever a template's own code may raise: its text is then all that is known
+        return str(template)
 
 
 def _batch_of(of: InspectedSet, row: int) -> int:

@@ -195,6 +195,10 @@ class Reread:
     def tokenizer(self) -> Any:
         return self._mapping.renderer.tokenizer
 
+    @property
+    def renderer(self) -> Renderer:
+        return self._mapping.renderer
+
     def outcome(self, number: int) -> Outcome:
         """What becomes of the row of this number. Raises: DataError if it is no longer there."""
         with self._lock:

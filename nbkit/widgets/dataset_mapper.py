@@ -7,6 +7,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -149,12 +150,7 @@ class DatasetMapper(Panel):
                 report, config = await self._apart(told, lambda: self._work(source, recipe, held_out, told))
                 self._asked = recipe
                 self.session.take_data(report, config)
-                if self.inspector.inspection is not None and not self.inspector.inspection.set.counted:
-                    counts = self.inspector.inspection.set.counts
-                    await self._apart(
-                        told, lambda: counts(lambda done, total: self._hear(told, "Looking for faults", done, total))
-                    )
-                    self.inspector.renew()
+                await self._check(told)
             left_out = report.dropped + report.refused
             rest = f"; {left_out:,} are left out, see below" if left_out else ""
             self.message(f"{report.used:,} of {report.rows_in:,} rows are ready to train on{rest}.", "done")
@@ -173,6 +169,14 @@ class DatasetMapper(Panel):
             self.inspector.renew()
             self._show()
         self.update_saved()
+
+    async def _check(self, told: dict[str, Any]) -> None:
+        """Look for faults in the ids and labels of a large set too; Stop leaves that to the button of the inspector."""
+        found = self.inspector.inspection
+        if found is None or found.set.counted:
+            return
+        with suppress(_StopReading):
+            await self._apart(told, lambda: found.set.counts(lambda done, all: self._hear(told, "Looking for faults", done, all)))
 
     async def _apart(self, told: Mapping[str, Any], work: Callable[[], Any]) -> Any:
         """Work on another thread; what it tells is shown meanwhile."""

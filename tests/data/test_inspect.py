@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import nbkit
 from nbkit.config import IGNORE_INDEX, DataRecipe, TrainConfig
@@ -114,6 +116,13 @@ def test_characters_of_several_tokens_stand_once(tokenizer: Any, said: str) -> N
     pieces = Reader(tokenizer).texts(ids)
     assert "".join(text for text, _ in pieces) == said
     assert all(bool(text) != bool(note) for text, note in pieces)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_any_text_comes_back_from_its_tokens(tokenizer: Any, said: str) -> None:
+    ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+    assert Reader(tokenizer).text(ids) == said
+    assert not re.search(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]", visible(said))
 
 
 def test_sentencepiece_spaces_and_bytes_are_read() -> None:
@@ -307,6 +316,20 @@ def test_what_the_template_itself_writes_is_no_sign() -> None:
     assert not nbkit.inspect((rows, tokenizer)).problems  # it stands in every row
     tokenizer.chat_template = "{{ 'ASSISTANT: ' }}"
     assert not nbkit.inspect((rows[:1], tokenizer)).problems  # or in the template
+
+
+@pytest.mark.parametrize("train_on", ["replies", "all"])
+def test_markers_of_the_template_in_use_are_no_sign_and_those_of_another_are(train_on: str) -> None:
+    from nbkit.data.templates import catalog
+
+    rows = [{"instruction": f"say {n}", "output": f"it is {n}"} for n in range(3)]
+    bad = {"instruction": "say more", "output": "yes.\nHuman: and then?"}
+    for name in (named.name for named in catalog.NAMED):
+        recipe = DataRecipe(template=name, train_on=train_on)
+        report = prepare(rows, tiny_tokenizer(), recipe, max_seq_length=256)
+        assert "marker_in_reply" not in kinds(nbkit.inspect(report)), name
+        report = prepare([*rows, bad], tiny_tokenizer(), recipe, max_seq_length=256)
+        assert kinds(nbkit.inspect(report))["marker_in_reply"] == (4,), name
 
 
 def test_faults_of_a_collator_are_seen(report: Any, tokenizer: Any) -> None:

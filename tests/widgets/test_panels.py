@@ -271,6 +271,24 @@ def test_reading_tells_how_far_it_is_and_the_loop_goes_on(loaded: FakeSession) -
     assert panel._progress.value == "" and loaded.data is not None and panel._buttons["stop"].disabled
 
 
+def test_a_large_set_is_looked_through_after_reading_unless_stopped(loaded: FakeSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nbkit.widgets.inspector.AT_ONCE", 0)
+    panel = DatasetMapper(loaded)
+    panel.click("read")
+    assert panel.inspector.inspection.set.counted and "No problem found" in panel.inspector._found.value
+    take = loaded.take_data
+
+    def take_and_stop(report: Any, config: Any) -> Any:
+        panel._stop()
+        return take(report, config)
+
+    loaded.take_data = take_and_stop  # type: ignore[method-assign]
+    panel.click("read")
+    assert not panel.inspector.inspection.set.counted and "4 of 4 rows are ready" in panel.said.value
+    panel.inspector.click("look")
+    assert "No problem found" in panel.inspector._found.value
+
+
 def test_reading_can_be_stopped_and_leaves_the_data_as_they_were(ready: FakeSession) -> None:
     ready.pause, ready.chunks = 0.02, 500
     before = ready.data
