@@ -50,7 +50,7 @@ def _find(source: Any, split: str) -> Source:
     if isinstance(source, str):
         return _named(source, split)
     if isinstance(source, os.PathLike):
-        return _path(Path(source), split)
+        return _path(_place(source)[0], split)
     library = type(source).__module__.split(".")[0]
     if library == "datasets":
         return tables.read_dataset(source, split)
@@ -71,16 +71,21 @@ def _named(name: str, split: str) -> Source:
     hub_name = hub.parse(name)
     if "://" in name[:12] and not (hub_name and name.startswith("https://")):
         return _address(name)
-    try:
-        path = Path(name).expanduser()
-        exists = path.exists()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{name[:80]!r} is no usable file name ({error}); give {ACCEPTED}.") from error
+    path, exists = _place(name)
     if exists or path.suffix.lower() in (*SUFFIXES, *archives.PACKED) or name.startswith(DRIVE):
         return _path(path, split)
     if hub_name:
         return hub.read_hub(hub_name, split)
     raise DataError(f"There is no file {name[:200]!r}, and it is no hub id (org/name); give {ACCEPTED}.")
+
+
+def _place(name: str | os.PathLike[str]) -> tuple[Path, bool]:
+    """A path, and whether there is something."""
+    try:
+        path = Path(name).expanduser()
+        return path, path.exists()
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise DataError(f"{str(name)[:80]!r} is no usable file name ({error}); give {ACCEPTED}.") from error
 
 
 def _address(url: str) -> Source:
@@ -110,6 +115,8 @@ def _path(path: Path, split: str) -> Source:
         return folders.read_folder(path, split, SUFFIXES, lambda inner: _path(inner, split))
     if not path.exists():
         raise _missing(path)
+    if not path.is_file():
+        raise DataError(f"{path} is neither a file nor a folder; give {ACCEPTED}.")
     packed = archives.inspect(path, SUFFIXES)
     if packed.suffix not in SUFFIXES:
         raise DataError(f"{path} ends in {packed.suffix or 'no suffix'}, which nbkit does not read; give {ACCEPTED}.")

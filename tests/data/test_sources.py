@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,10 @@ def test_csv_with_quotes_newlines_and_any_usual_delimiter(tmp_path: Path, delimi
     text = f'instruction{delimiter}output\r\na{delimiter}b\r\n\r\n{ROWS[1]["instruction"]}{delimiter}"{quoted}"\r\n'
     assert values(write(tmp_path / "a.csv", "\ufeff" + text)) == ROWS
     assert values(write(tmp_path / "a.tsv", text)) == ROWS
+
+
+def test_csv_with_the_line_ends_of_old(tmp_path: Path) -> None:
+    assert values(write(tmp_path / "a.csv", 'a,b\r1,2\r"x\ry",3\r')) == [{"a": "1", "b": "2"}, {"a": "x\ry", "b": "3"}]
 
 
 def test_csv_rows_with_too_few_and_too_many_cells_and_broken_bytes(tmp_path: Path) -> None:
@@ -134,6 +139,31 @@ def test_missing_files_offer_what_lies_beside(tmp_path: Path) -> None:
         read(str(tmp_path / "traning.jsonl"))
     with pytest.raises(DataError, match="no file"):
         read(tmp_path / "nowhere" / "x.csv")
+
+
+def test_a_drive_that_is_not_mounted_is_said() -> None:
+    if Path("/content/drive/MyDrive").is_dir():
+        pytest.skip("it is mounted here")
+    for source in ("/content/drive/MyDrive/rows.jsonl", Path("/content/drive/MyDrive/rows"), "/content/drive/My Drive"):
+        with pytest.raises(DataError, match=r"Google Drive is not mounted; run .*`drive.mount\('/content/drive'\)`"):
+            read(source)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pipes in folders there")
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="neither a file nor a folder"):
+        read(tmp_path / "a.jsonl")
+
+
+def test_a_path_that_may_not_be_looked_at_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", refused)
+    for source in ("/root/rows.jsonl", Path("/root/rows.jsonl")):
+        with pytest.raises(DataError, match="no usable file name .*Permission denied"):
+            read(source)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="rights differ there")
