@@ -175,7 +175,11 @@ def test_pieces_of_text_begin_with_bos_where_the_text_does() -> None:
         assert all(piece[0] == bos and bos not in piece[1:] for piece in pieces)
         assert [token for piece in pieces for token in piece[1:]] == whole[1:]
         assert all(e["labels"][0] == IGNORE_INDEX and IGNORE_INDEX not in e["labels"][1:] for e in found.examples)
-    shown = texts(prepare([{"text": text}], made, recipe, max_seq_length=50))
+    found = prepare([{"text": text}], made, recipe, max_seq_length=50)
+    for index in range(len(found.examples)):
+        (lead, first), (rest, second) = found.preview(index).pieces
+        assert (lead, first, second) == (made.bos_token, False, True) and rest.startswith(("word", " word"))
+    shown = texts(found)
     assert all(one.startswith(made.bos_token) for one in shown)
     assert "".join(one.removeprefix(made.bos_token) for one in shown) == text + made.eos_token
 
