@@ -1,4 +1,4 @@
-"""A stock float32 copy of a model, NF4 weights dequantised: the truth that 16-bit and 4-bit results are measured against."""
+"""A stock copy of a model in float32 or float64, NF4 weights dequantised: the truth that other results are measured against."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def weights_text(base: nn.Module) -> str:
     return f"{str(next(base.parameters()).dtype).removeprefix('torch.')} weights"
 
 
-def float32(model: Any) -> tuple[Any, str]:
-    """(copy, "") on the model's device; (copy on the CPU, why) where only RAM has room; (None, why) where nothing has.
+def wide(model: Any, dtype: torch.dtype = torch.float32) -> tuple[Any, str]:
+    """A copy in `dtype`: (copy, "") on the model's device; (copy on the CPU, why) where only RAM has room; else (None, why).
 
     The model is to be stock while it is copied. The copy is in the same mode, with the same parameters trainable.
     """
@@ -38,12 +38,12 @@ def float32(model: Any) -> tuple[Any, str]:
     if unknown:
         return None, f"there is no float32 form of {', '.join(unknown)} weights"
     device = model.get_input_embeddings().weight.device
-    need, why = needed(model), ""
+    need, why, name = needed(model) * dtype.itemsize // 4, "", str(dtype).removeprefix("torch.")
     for target in dict.fromkeys((device, torch.device("cpu"))):
         free = _free(target)
         if need <= free:
-            return _converted(model, target), why
-        why += f"{' and ' if why else ''}a float32 copy needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free on {target}"
+            return _converted(model, target, dtype), why
+        why += f"{' and ' if why else ''}a {name} copy needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free on {target}"
     return None, why
 
 
@@ -78,15 +78,15 @@ def _unknown(module: nn.Module) -> bool:
     return (_packed(module) and not four_bit) or "qweight" in module._buffers or "qweight" in module._parameters
 
 
-def _converted(model: Any, device: torch.device) -> Any:
-    """The copy, made weight by weight in float32 and never whole in the model's own dtype."""
+def _converted(model: Any, device: torch.device, wanted: torch.dtype) -> Any:
+    """The copy, made weight by weight in `wanted` and never whole in the model's own dtype."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for p in module._parameters.values():
             if p is None or id(p) in memo:
                 continue
             full = _dequantised(p) if _packed(module) and p is module.weight else p.detach()
-            dtype = torch.float32 if full.is_floating_point() else full.dtype
+            dtype = wanted if full.is_floating_point() else full.dtype
             memo[id(p)] = nn.Parameter(full.to(device, dtype, copy=True), requires_grad=p.requires_grad)
         for buffer in module._buffers.values():
             if buffer is not None:

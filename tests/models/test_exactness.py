@@ -334,7 +334,7 @@ def test_unmodified_trl_trainers_over_fused_layers(method: str, tmp_path: Any) -
 @pytest.mark.network
 @pytest.mark.parametrize("way", WAYS)
 def test_the_real_smollm2(way: str) -> None:
-    """Loss and all gradients of LoRA on the embedded model equal the stock model's, in float32."""
+    """Loss and all gradients of LoRA on the embedded model, in float32, against the stock model and against float64."""
     from peft import LoraConfig, get_peft_model
 
     from nbkit.config import ModelConfig
@@ -347,9 +347,14 @@ def test_the_real_smollm2(way: str) -> None:
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     model = get_peft_model(loaded.model, LoraConfig(r=8, target_modules=TARGETS, task_type="CAUSAL_LM")).train()
     fill(model)
-    assert fused(assert_exact(model, way, loss_of(**inputs))) is (way == "layers")
-    certificate = nbkit.certify(model, inputs)
-    assert certificate.passed and len([r for r in certificate.rows if r.kind == "gradient"]) == 2 * 7 * 30, str(certificate)
+    certificate = nbkit.certify(patched(model, way), inputs)
+    assert certificate.passed and not certificate.skipped and fused(model) is (way == "layers"), str(certificate)
+    assert len([row for row in certificate.rows if row.kind == "gradient"]) == 2 * 7 * 30
+    # transformers' float32 loss over 49,152 columns errs by up to 1e-4 in the gradients: float64 decides, and ours is nearer.
+    for row in certificate.rows:
+        if row.stock_error is not None and row.kind == "gradient":
+            assert row.error < row.stock_error and row.error < 2e-5, row
+        assert row.kind != "loss" or row.error < 1e-5
 
 
 # -- on a GPU ------------------------------------------------------------------------------------------------------------
