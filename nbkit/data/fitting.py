@@ -103,8 +103,7 @@ def _ends(messages: Sequence[Message], first: int) -> list[int]:
     return [
         end
         for end in range(first + 1, len(messages) + 1)
-        if messages[end - 1]["role"] == "assistant"
-        and (end == len(messages) or messages[end]["role"] == "user")
+        if messages[end - 1]["role"] == "assistant" and (end == len(messages) or messages[end]["role"] == "user")
     ]
 
 
