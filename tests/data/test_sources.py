@@ -93,8 +93,8 @@ def test_lists_datasets_and_split_dictionaries() -> None:
 
 
 def test_samples_and_their_nearest_names() -> None:
-    assert len(read("sample:ships-log").rows) >= 100
-    assert len(read("sample:ships-log/held_out").rows) == 30
+    assert len(values("sample:ships-log")) >= 100
+    assert len(values("sample:ships-log/held_out")) == 30
     assert values("sample:ships-log/train") == values("sample:ships-log")
     for wrong in ("sample:ship-log", "sample:", "sample:../../etc", "sample:ships-log/test", "sample:ships-log/../../secret"):
         with pytest.raises(DataError, match="sample:ships-log/held_out"):
