@@ -160,3 +160,37 @@ def test_data_that_is_no_tokens_yet_is_refused() -> None:
     trainer.train_dataset = Dataset.from_dict({"text": ["a"]})
     with pytest.raises(DataError, match="no column input_ids, only text"):
         train_on_responses_only(trainer, *CHATML)
+
+
+# -- the same through a session --------------------------------------------------------------------
+
+
+def test_an_alpaca_prompt_with_eos_trains_one_eos() -> None:
+    from nbkit.config import DataRecipe
+    from nbkit.data.pipeline import prepare
+
+    made = tokenizer()
+    prompt = "Below is an instruction.\n\n### Instruction:\n{}\n\n### Response:\n{}"
+    rows = [{"text": prompt.format(f"Say {n}.", n) + made.eos_token} for n in range(4)]
+    report = prepare(rows, made, DataRecipe(format="text"), max_seq_length=512, seed=0)
+    assert report.used == 4
+    for example in report.examples:
+        ids, labels = list(example["input_ids"]), list(example["labels"])
+        assert ids.count(made.eos_token_id) == labels.count(made.eos_token_id) == 1 and labels[-1] == made.eos_token_id
+
+
+def test_a_named_template_is_the_chats_too(tiny_model_dir: Path, tmp_path: Path) -> None:
+    from nbkit import DataRecipe, Session
+    from nbkit.chat.prompt import encode
+
+    session = Session(workspace=tmp_path)
+    session.load(str(tiny_model_dir))
+    own = session.tokenizer.chat_template
+    rows = [{"instruction": f"Q{n}", "output": f"A{n}"} for n in range(4)]
+    report = session.use_data(rows, DataRecipe(template="alpaca"))
+    assert report.used == 4
+    (ids,) = encode(session.tokenizer, [[{"role": "user", "content": "Q0"}]])
+    assert session.tokenizer.decode(ids).endswith("### Instruction:\nQ0\n\n### Response:\n")
+    assert list(report.examples[0]["input_ids"])[: len(ids)] == ids
+    session.use_data(rows)
+    assert session.tokenizer.chat_template == own
