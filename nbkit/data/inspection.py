@@ -17,7 +17,7 @@ import numpy as np
 from nbkit.config import TrainConfig
 from nbkit.data import inspection_html, inspection_text
 from nbkit.data.checks import Counts, Problem, Progress, arrays_of, look_at_batch, look_through
-from nbkit.data.findings import USED, Finding, RowFault, grouped, rows_text
+from nbkit.data.findings import USED, Finding, RowFault, grouped
 from nbkit.data.tokens import Line, Reader, lines
 from nbkit.errors import DataError
 from nbkit.markup import Markup
@@ -257,7 +257,8 @@ def _batch_of(of: InspectedSet, row: int) -> int:
     places = [place for place, number in enumerate(of.rows) if int(number) == row]
     if not places:
         near = [finding for finding in of.findings if finding.row == row]
-        why = f": {near[0].sentence}" if near else f"; the rows that are used begin with {rows_text(list(of.rows[:8]))}"
+        numbers = [int(number) for number in of.rows]
+        why = f": {near[0].sentence}" if near else f"; those have numbers from {min(numbers)} to {max(numbers)}"
         raise DataError(f"Row {row} is not among the rows that are trained on{why}.")
     found = of.batches.of(places[0])
     if found is None:
