@@ -27,6 +27,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -128,6 +129,13 @@ BASELINES: dict[str, Callable[..., Any]] = {
 # -- one row ---------------------------------------------------------------------------------------
 
 
+def inputs_of(op: KernelOp, case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    """The op's inputs, random numbers made on the GPU: on one CPU core they would take longer than all that is measured."""
+    maker = torch.Generator
+    with torch.device(DEVICE), mock.patch.object(torch, "Generator", lambda: maker(DEVICE)):
+        return op.inputs(case, dtype, DEVICE, 0)
+
+
 def small(case: Case) -> Case:
     """The case at its real widths with fewer rows and one batch, so that float64 fits anywhere."""
     limits = {"B": 1, "T": CHECK_ROWS, "N": CHECK_ROWS, "P": 100_000}
@@ -174,7 +182,7 @@ def grad(out: Any, leaves: dict[str, Any], names: tuple[str, ...], upstream: Any
 def errors(op: KernelOp, case: Case, dtype: torch.dtype) -> tuple[float, float, bool]:
     """(the op's error, the reference's own, whether the op's is within the rule), each over the largest element of a tensor."""
     case = small(case)
-    inputs = op.inputs(case, dtype, DEVICE, 0)
+    inputs = inputs_of(op, case, dtype)
     wide = {k: widened(v) for k, v in inputs.items()}
     if "dtype" in wide:
         wide["dtype"] = torch.float64
@@ -232,7 +240,7 @@ def compiled(op: KernelOp, inputs: dict[str, Any], names: tuple[str, ...], case:
 
 def row(op: KernelOp, case: Case, dtype: torch.dtype, with_compile: bool) -> dict[str, Any]:
     error, own, right = errors(op, case, dtype)
-    inputs = op.inputs(case, dtype, DEVICE, 0)
+    inputs = inputs_of(op, case, dtype)
     names = tuple(name for name in op.gradients if name not in FROZEN)
     fn, baseline = TIMED.get(op.name, op.fn), BASELINES.get(op.name, op.reference)
     forward, both = times(fn, names, inputs, case)
@@ -255,7 +263,7 @@ def products(dtype: torch.dtype) -> list[dict[str, Any]]:
     """x A^T, and y += xa B^T, each against cuBLAS: a row each for the sizes of lora_products."""
     rows = []
     for case in lora_products.OP.benchmark:
-        made = lora_products.OP.inputs(case, dtype, DEVICE, 0)
+        made = inputs_of(lora_products.OP, case, dtype)
         x, a, b, y = (made[name] for name in ("x", "a", "b", "y"))
         xa = lora_products.lora_in(x, a)
         pairs = (

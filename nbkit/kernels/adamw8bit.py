@@ -49,9 +49,9 @@ class Moments8(NamedTuple):
 
 def dynamic_map(signed: bool) -> Tensor:
     """The 256 values, ascending, float32, as bitsandbytes' `create_dynamic_map` gives them."""
-    values = [torch.tensor([0.0, 1.0])]
+    values = [torch.tensor([0.0, 1.0], device="cpu")]
     for power in range(7):
-        edges = torch.linspace(0.1, 1, (1 if signed else 2) * 2**power + 1)
+        edges = torch.linspace(0.1, 1, (1 if signed else 2) * 2**power + 1, device="cpu")
         middles = 10 ** (power - 6) * ((edges[1:] + edges[:-1]) / 2)
         values += [middles, -middles] if signed else [middles]
     return torch.cat(values).sort().values
@@ -63,7 +63,7 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tables = []
     for signed in (True, False):
         values = dynamic_map(signed)
-        tables += [values, torch.cat([(values[1:] + values[:-1]) / 2, torch.tensor([torch.inf])])]
+        tables += [values, torch.cat([(values[1:] + values[:-1]) / 2, torch.tensor([torch.inf], device="cpu")])]
     return tuple(table.to(device) for table in tables)  # type: ignore[return-value]
 
 
