@@ -148,7 +148,7 @@ class TrainConfig:
     warmup_steps: int = 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    optimizer: str = "auto"  # auto: adamw_8bit on 4-bit weights on a GPU, else adamw; or any name TRL's SFTConfig(optim=) knows
+    optimizer: str = "auto"  # auto: adamw, or adamw_8bit for a large adapter on 4-bit weights; or any name of SFTConfig(optim=)
     # auto: what fits where the engine is bound, else transformers' own; True, "nbkit", "unsloth": the least memory; False: none
     gradient_checkpointing: bool | str = "auto"
     save_steps: int = 0  # 0: only at the end and on stop

@@ -85,6 +85,16 @@ class Session:
         if self.run is not None and self.run.status in ("running", "stopping"):
             raise TrainingError(f"A run is training in {self.run.dir}; wait for it or stop it before you {action}.")
 
+    def _require_quiet(self, action: str) -> None:
+        """As `_require_idle`, and no reply may be in the writing: it reads the weights that `action` changes or saves."""
+        self._require_idle(action)
+        if self.model is None:
+            return
+        from nbkit.chat.conversation import is_answering
+
+        if is_answering(self.model):
+            raise ModelError(f"The model is writing a reply; let it finish, or stop it, before you {action}.")
+
     def _require_model(self, action: str) -> None:
         if self.model is None:
             raise ModelError(f'No model is loaded; call session.load("smollm2-135m-instruct") before you {action}.')
@@ -111,7 +121,7 @@ class Session:
         """
         from nbkit.models.load import load
 
-        self._require_idle("load another model")
+        self._require_quiet("load another model")
         config = ModelConfig(name=name, revision=revision, load_in_4bit=load_in_4bit, dtype=dtype, max_seq_length=max_seq_length)
         self.unload()
         self.loaded = load(config, token=token, progress=progress)
@@ -121,7 +131,7 @@ class Session:
 
     def unload(self) -> None:
         """Forget the model, the adapter and the prepared data, and give their memory back."""
-        self._require_idle("unload the model")
+        self._require_quiet("unload the model")
         had = self.model is not None
         self.model = self.tokenizer = self.loaded = self.lora = self.patched = self.data = self.run = None
         self._model_config = self._data_config = None
@@ -129,6 +139,7 @@ class Session:
             from nbkit.hardware.meter import release_memory
 
             release_memory()
+            self._changed("model")
 
     def add_lora(
         self,
@@ -147,7 +158,7 @@ class Session:
             targets: names of linear modules; each must match at least one.
         Raises: ConfigError (rank 0 …), ModelError (no model, a target that matches nothing).
         """
-        self._require_idle("change the adapter")
+        self._require_quiet("change the adapter")
         lora = LoraConfig(
             rank=rank, alpha=alpha, dropout=dropout, targets=tuple(targets), bias=bias, use_rslora=use_rslora, seed=seed
         )
@@ -278,7 +289,7 @@ class Session:
     def _start(self, config: RunConfig, resume: bool = False) -> Run:
         from nbkit.training.runner import Run
 
-        self._require_idle("start another run")
+        self._require_quiet("start another run")
         assert self.data is not None
         if config.run_dir is None:
             config = config.replace(run_dir=str(new_run_dir(self.workspace, config.model.name)))
@@ -380,7 +391,7 @@ class Session:
         from nbkit import export as room
 
         config = ExportConfig(kind=kind, path=None if path is None else str(path), quantization=quantization)
-        self._require_idle("export")
+        self._require_quiet("export")
         if self.lora is None or self.loaded is None:
             raise ExportError("There is no adapter to export; load a model, add LoRA and train first.")
         writers = {"adapter": room.export_adapter, "merged_16bit": room.export_merged, "gguf": room.export_gguf}

@@ -192,3 +192,26 @@ def test_sizes_and_catalog_without_loading(tmp_path):
     assert len(entries) > 10 and all(entry.reason for entry in entries)
     with pytest.raises(NbkitError):
         session.lora_size("no/such-checkpoint")
+
+
+def test_nothing_changes_the_model_while_a_reply_is_written(ready):
+    from nbkit.chat.decode import lock_of
+
+    with lock_of(ready.model):
+        for action in (
+            lambda: ready.train(QUICK),
+            lambda: ready.export("adapter"),
+            lambda: ready.add_lora(rank=2),
+            lambda: ready.unload(),
+        ):
+            with pytest.raises(ModelError, match=r"The model is writing a reply; let it finish, or stop it, before you \w+"):
+                action()
+    assert ready.train(QUICK).wait(progress=False).step == 4
+
+
+def test_unloading_is_announced(session):
+    topics = []
+    session.subscribe(topics.append)
+    session.unload()
+    session.unload()
+    assert topics == ["model"] and session.model is None

@@ -110,7 +110,7 @@ class Job:
     def _train(self) -> tuple[int, float | None]:
         """(steps done, loss of the last step). The trainer lives no longer than this call."""
         from nbkit.training import methods
-        from nbkit.training.keep import set_checkpointing
+        from nbkit.training.keep import set_checkpointing, tell_optimizer_bytes
         from nbkit.training.trainer import Link
 
         train = self._config.train
@@ -119,6 +119,7 @@ class Job:
         link = Link(self._config, self._folder, facts(self._config, self._data), self._emit, self._stop_requested)
         trainer = methods.build(link, self._model, self._tokenizer, self._data.examples)
         try:
+            tell_optimizer_bytes(self._model, str(trainer.args.optim))
             said = set_checkpointing(self._model, train.gradient_checkpointing)
             if said:
                 self._emit(MessageEvent(step=self._first, text=said))

@@ -79,6 +79,13 @@ def set_checkpointing(model: Any, asked: bool | str) -> str:
     return f"{len(binding.reasons)} layers that are not fused take transformers' own checkpointing."
 
 
+def tell_optimizer_bytes(model: Any, name: str) -> None:
+    """Tell the planner what the optimizer of that name keeps of each trained parameter: two states of 4 bytes, or of 1."""
+    binding = binding_of(model)
+    if binding is not None:
+        binding.optimizer_bytes = 2 if "8bit" in name.lower() else 8
+
+
 def _stock_checkpointing(model: Any, on: bool) -> None:
     """transformers' own activation checkpointing, without reentrant autograd, on or off."""
     options = {"use_reentrant": False}

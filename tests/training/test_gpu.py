@@ -11,7 +11,7 @@ import torch
 
 from nbkit.errors import TrainingError
 from nbkit.events import MemoryEvent, MessageEvent, RunStarted, StepEvent
-from nbkit.training import checkpoints, methods
+from nbkit.training import checkpoints
 from nbkit.training.runner import Run
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training import rig
@@ -69,7 +69,8 @@ def test_float16_that_never_finds_a_scale_ends_in_a_sentence(tmp_path: Path) -> 
     assert all(torch.equal(p, before[name]) for name, p in rig.adapter(model).items())
 
 
-def test_four_bit_weights_take_the_8_bit_optimizer(tmp_path: Path, tiny_model_dir: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["auto", "adamw_8bit"])
+def test_four_bit_weights_train(tmp_path: Path, tiny_model_dir: Path, optimizer: str) -> None:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
@@ -77,8 +78,7 @@ def test_four_bit_weights_take_the_8_bit_optimizer(tmp_path: Path, tiny_model_di
         tiny_model_dir, quantization_config=settings, dtype=torch.bfloat16, device_map={"": 0}
     )
     model = rig.lora_model(base=base)
-    assert methods._optimizer("auto", model, on_cpu=False) == "adamw_8bit"
-    run = train(tmp_path / "run", model, max_steps=40, learning_rate=1e-2)
+    run = train(tmp_path / "run", model, max_steps=40, learning_rate=1e-2, optimizer=optimizer)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert sum(losses(run)[-6:]) < sum(losses(run)[:6]) - 0.5
 
