@@ -32,7 +32,7 @@ from nbkit.data.findings import RowFault
 from nbkit.data.jinja_worker import Job
 from nbkit.data.masks import Ints, Labelled, Span, arrays, labelled, pieces_of, tiled, trained_mask
 from nbkit.data.skeleton import Marked, Skeleton, build, cut, mark, match, prepared
-from nbkit.data.templates.catalog import Resolved, resolve
+from nbkit.data.templates.catalog import Resolved, is_token, resolve
 from nbkit.errors import DataError
 
 __all__ = ["Labelled", "Rendered", "Renderer", "Row", "Span", "pieces_of", "tiled", "trained_mask"]
@@ -95,6 +95,7 @@ class Renderer:
             self.controls.add(self.resolved.stop)
         longest_first = sorted(filter(None, self.controls), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._control_ids = [tokenizer.convert_tokens_to_ids(name) for name in longest_first if is_token(tokenizer, name)]
         self._skeletons: dict[tuple[str, str, bool], Skeleton | RowFault] = {}
         self._probed: tuple[str, str] | None = None
 
@@ -304,10 +305,12 @@ class Renderer:
                 letters[found.start() : found.end()] = "x" * len(found[0])
         blotted = "".join(letters)
         own = [found.span() for found in self._control.finditer(blotted)]
-        parts, whole = self._cut(blotted, own), self._encode([blotted])[0]
-        if not all(np.array_equal(a, b) for a, b in zip(parts, whole, strict=True)):
+        parts, whole = (labelled(blotted, *made, one.trained) for made in (self._cut(blotted, own), self._encode([blotted])[0]))
+        same = np.array_equal(parts.input_ids, whole.input_ids) and np.array_equal(parts.labels, whole.labels)
+        ids, places = self._cut(one.text, own)
+        if not same or int(np.isin(ids, self._control_ids).sum()) != len(own):
             raise RowFault("control_text", "a message spells a control token, which this tokenizer cannot keep as plain text")
-        return self._cut(one.text, own)
+        return ids, places
 
     def _cut(self, text: str, controls: list[Span]) -> tuple[Ints, Ints]:
         edges = [0, *(edge for span in controls for edge in span), len(text)]

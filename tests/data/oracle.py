@@ -243,6 +243,16 @@ def expected(template: str, messages: Messages, train_on: str, start: int | None
     return whole, flags
 
 
+def without(messages: Messages, controls: Sequence[str]) -> Messages:
+    """The messages with the control tokens they spell blotted out: what a template then writes of them is its own."""
+    made = [dict(message) for message in messages]
+    for message in made:
+        for name in {"content", "reasoning_content"} & set(message):
+            for token in sorted(controls, key=len, reverse=True):
+                message[name] = message[name].replace(token, "x" * len(token))
+    return made
+
+
 # -- tokens by their bytes -------------------------------------------------------------------------
 
 
@@ -336,29 +346,33 @@ MARKERS = (
 )  # fmt: skip
 
 
-def text(random_: random.Random) -> str:
-    """A text that is not blank: words of all scripts, white space of all kinds, inside and at its ends; templates' own words."""
+def text(random_: random.Random, controls: Sequence[str] = ()) -> str:
+    """A text that is not blank: words of all scripts, white space of all kinds, inside and at its ends; templates' own words;
+    now and then one of the control tokens, spelled out."""
     made = random_.choice(GAPS) if random_.random() < 0.3 else ""
     for _ in range(random_.randint(1, 6)):
         made += random_.choice(MARKERS) if random_.random() < 0.1 else random_.choice(WORDS)
+        made += random_.choice(controls) if controls and random_.random() < 0.1 else ""
         made += random_.choice(GAPS) if random_.random() < 0.4 else " "
     made += f"{random_.getrandbits(24):x}" if random_.random() < 0.7 else ""
     made = made if random_.random() < 0.3 else made.strip()
     return made if made.strip() else f"x{made}"
 
 
-def chat(random_: random.Random, system: bool = True, thinking: bool = False) -> Messages:
-    """One to four questions with their replies; now and then a reply is its question, or all replies are equal."""
+def chat(random_: random.Random, system: bool = True, thinking: bool = False, controls: Sequence[str] = ()) -> Messages:
+    """One to four questions with their replies; now and then a reply is its question, or all replies are equal. One in five
+    spells control tokens."""
     made: Messages = []
+    spelled = controls if random_.random() < 0.2 else ()
     if system and random_.random() < 0.4:
-        made.append({"role": "system", "content": "" if random_.random() < 0.2 else text(random_)})
-    same = text(random_) if random_.random() < 0.15 else None
+        made.append({"role": "system", "content": "" if random_.random() < 0.2 else text(random_, spelled)})
+    same = text(random_, spelled) if random_.random() < 0.15 else None
     for _ in range(random_.randint(1, 4)):
-        question = text(random_)
-        reply = same or (question if random_.random() < 0.1 else text(random_))
+        question = text(random_, spelled)
+        reply = same or (question if random_.random() < 0.1 else text(random_, spelled))
         made += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
         if thinking and random_.random() < 0.4:
-            made[-1]["content"] = f"<think>\n{text(random_).strip()}\n</think>\n\n{reply.lstrip()}"
+            made[-1]["content"] = f"<think>\n{text(random_, spelled).strip()}\n</think>\n\n{reply.lstrip()}"
         elif thinking and random_.random() < 0.4:
-            made[-1]["reasoning_content"] = text(random_)
+            made[-1]["reasoning_content"] = text(random_, spelled)
     return made

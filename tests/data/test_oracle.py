@@ -6,6 +6,7 @@ One example of the property test is a batch of generated chats. `make test` runs
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +22,8 @@ from nbkit.data.findings import RowFault
 from nbkit.data.masks import Labelled
 from nbkit.data.template import Renderer, Row
 from nbkit.data.templates import NAMED
-from tests.data.oracle import BY_HAND, IGNORED, STOPS, chat, expected, labels_of
-from tests.data.vocab import KINDS, tokenizer
+from tests.data.oracle import BY_HAND, IGNORED, STOPS, chat, expected, labels_of, without
+from tests.data.vocab import BOS, CONTROLS, EOS, KINDS, tokenizer
 
 BATCH = 40  # chats of one property example
 TOKENIZERS = {(kind, controls): tokenizer(kind, controls) for kind in KINDS for controls in (True, False)}
@@ -45,6 +46,10 @@ def mismatches(renderer: Renderer, template: str, kind: str, controls: bool, row
     wrong = []
     for row, one in zip(rows, rendered, strict=True):
         found = one if isinstance(one, RowFault) else next(labelled)
+        plain = without(list(row.messages), sorted(specials))
+        spelled = plain != without(list(row.messages), ())
+        if spelled and kind in ("legacy", "metaspace") and isinstance(found, RowFault) and found.kind == "control_text":
+            continue  # a tokenizer that joins over the cut says so
         if isinstance(found, RowFault) or isinstance(one, RowFault):
             wrong.append(f"refused: {found}: {row}")
             continue
@@ -60,15 +65,21 @@ def mismatches(renderer: Renderer, template: str, kind: str, controls: bool, row
             continue
         if labels != found.labels.tolist():
             wrong.append(f"labels of {text!r}")
+        elif spelled:
+            own = expected(template, plain, renderer.train_on, row.completion_start, controls)[0]
+            written = len(re.findall("|".join(map(re.escape, sorted(specials, key=len, reverse=True))), own))
+            if sum(token in specials for token in renderer.tokenizer.convert_ids_to_tokens(ids)) != written:
+                wrong.append(f"control tokens of {text!r}")
         elif ids != renderer.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]:
             wrong.append(f"ids of {text!r}")
     return wrong
 
 
-def rows_of(random_: random.Random, template: str, count: int) -> list[Row]:
+def rows_of(random_: random.Random, template: str, count: int, controls: bool = True) -> list[Row]:
     rows = []
+    names = (*CONTROLS, BOS, EOS) if controls else (BOS, EOS)
     for _ in range(count):
-        messages = chat(random_, system=template != "gemma", thinking=template in ("qwen-3", "chatml", "llama-3"))
+        messages = chat(random_, template != "gemma", template in ("qwen-3", "chatml", "llama-3"), names)
         if template != "qwen-3":
             for message in messages:
                 message.pop("reasoning_content", None)
@@ -90,7 +101,7 @@ def test_labels_equal_the_oracle(seed: int) -> None:
         template, train_on = random_.choice(sorted(BY_HAND)), random_.choice(TRAIN_ON)
         kind, controls = random_.choice(KINDS), random_.random() < 0.7
         renderer = renderer_of(template, train_on, kind, controls)
-        found = mismatches(renderer, template, kind, controls, rows_of(random_, template, BATCH // 4))
+        found = mismatches(renderer, template, kind, controls, rows_of(random_, template, BATCH // 4, controls))
         assert found == [], f"{template}, {train_on}, {kind}, controls {controls}: {found[0]}"
 
 
@@ -181,6 +192,9 @@ def by_token_search(patch: pytest.MonkeyPatch) -> None:
         stop = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         changed = []
         for one in true(self, rendered):
+            if isinstance(one, RowFault):
+                changed.append(one)
+                continue
             ids, labels, now = one.input_ids.tolist(), [], False
             for place, number in enumerate(ids):
                 now = now or ids[max(0, place - len(header)) : place] == header
@@ -219,7 +233,7 @@ FAULTS: dict[str, tuple[Fault, str, str]] = {  # name → (the fault, the templa
     "what leads to a reply is not trained": (spans_changed(without_lead), "qwen-3", "bytes"),
     "the system message is trained": (spans_changed(of_role("system")), "qwen-2.5", "bytes"),
     "trimmed white space is lost": (white_space_lost, "unsloth", "trimmed"),
-    "tokens over the edge of a reply are not trained": (inside_only, "alpaca", "bytes"),
+    "tokens over the edge of a reply are not trained": (inside_only, "unsloth", "bytes"),
 }
 
 
