@@ -161,7 +161,7 @@ def test_a_path_that_may_not_be_looked_at_is_said(monkeypatch: pytest.MonkeyPatc
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "exists", refused)
-    for source in ("/root/rows.jsonl", Path("/root/rows.jsonl")):
+    for source in ("/locked/rows.jsonl", Path("/locked/rows.jsonl")):
         with pytest.raises(DataError, match="no usable file name .*Permission denied"):
             read(source)
 
