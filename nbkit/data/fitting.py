@@ -18,6 +18,7 @@ from nbkit.data.findings import RowFault
 from nbkit.data.formats import Conversation, Message
 from nbkit.data.template import Labelled, Rendered
 
+SLACK = 64  # tokens by which a run may be shorter alone than within the whole conversation
 LOOK_BACK = 64  # tokens that a piece of raw text may be shorter for, so that it ends between two words
 
 
@@ -111,7 +112,9 @@ def _cut(row: Turns, limit: int) -> Search:
     messages, total = row.conversation.messages, len(row.whole.labelled.input_ids)
     first = row.conversation.completion_start or 0
     shorter = [end for end in _ends(messages, first) if end < len(messages)]
-    found, place = yield from _longest(row.conversation, [messages[:end] for end in shorter], messages, total, limit)
+    at = _token_ends(row.whole)
+    runs = [messages[:end] for end in shorter]
+    found, place = yield from _longest(row.conversation, runs, [at[end] for end in shorter], limit)
     if found is None:
         return Fitted([], "cut", "cut after its first reply it would still be too long" if shorter else "it is a single turn")
     lost = total - len(found.labelled.input_ids)
@@ -125,11 +128,13 @@ def _split(row: Turns, limit: int) -> Search:
     system, ends = messages[:start], _ends(messages, start)
     if len(ends) < 2 or row.conversation.completion_start:
         return Fitted([], "split", "it has no turns between which it could be split")
+    at = _token_ends(row.whole)
     pieces: list[Piece] = []
     left_out: list[str] = []
     while further := [end for end in ends if end > start]:
         runs = [[*system, *messages[start:end]] for end in further]
-        found, place = yield from _longest(row.conversation, runs, messages, total, limit)
+        sizes = [at[len(system)] + at[end] - at[start] for end in further]
+        found, place = yield from _longest(row.conversation, runs, sizes, limit)
         if found is None:
             left_out.append(f"{start + 1} to {further[0]}")
         else:
@@ -144,16 +149,16 @@ def _split(row: Turns, limit: int) -> Search:
 
 
 def _longest(
-    conversation: Conversation, runs: list[list[Message]], messages: Sequence[Message], total: int, limit: int
+    conversation: Conversation, runs: list[list[Message]], sizes: list[int], limit: int
 ) -> Generator[Conversation, Piece | RowFault, tuple[Piece | None, int]]:
     """The longest of the runs, which grow, that has at most `limit` tokens and trains something; and its place, or -1.
 
-    The first guess is from the share of the characters; from there the search steps, and then halves what is left.
+    `sizes` are what the runs take up in the whole conversation, which is about what they take up alone: the first guess is from
+    them, and a run that is longer by more than `SLACK` is not tried. From there the search steps, and then halves what is left.
     """
-    per_character = total / max(1, _characters(messages))
-    guess = sum(_characters(run) * per_character <= limit for run in runs) - 1
-    low, high, best, step = -1, len(runs), None, 0
-    place = min(max(guess, 0), high - 1)
+    low, high, best, step = -1, max(1, sum(size <= limit + SLACK for size in sizes)), None, 0
+    high = min(high, len(runs))
+    place = min(max(sum(size <= limit for size in sizes) - 1, 0), high - 1)
     while high - low > 1:
         piece = yield replace(conversation, messages=list(runs[place]))
         if isinstance(piece, Piece) and len(piece.labelled.input_ids) <= limit and piece.trains:
@@ -166,8 +171,17 @@ def _longest(
     return best, low
 
 
-def _characters(messages: Sequence[Message]) -> int:
-    return sum(len(message.get("content") or "") + 8 for message in messages)
+def _token_ends(whole: Piece) -> list[int]:
+    """About how many tokens there are up to the end of each message, the end of none (0) first: where its text ends in the
+    rendering, or in the same share of the characters where the template has changed the text."""
+    text, ends = whole.rendered.text, whole.labelled.spans[:, 1]
+    at, places = 0, [0]
+    for message in whole.messages:
+        content = message.get("content") or ""
+        found = text.find(content, at)
+        at = found + len(content) if found >= 0 else min(len(text), at + len(content))
+        places.append(at)
+    return np.searchsorted(np.maximum.accumulate(ends), places).tolist()
 
 
 def _text(whole: Piece, way: str, limit: int, bos: int | None) -> Search:
