@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from nbkit.training.runner import Run
 
 Rows = str | Path | Iterable[Mapping[str, Any]]
+HeldOut = Rows | int | float | None
+Told = Callable[[str, int, int | None], None] | None
 
 
 class Session:
@@ -200,13 +202,7 @@ class Session:
 
     # -- data --------------------------------------------------------------------------------------
 
-    def use_data(
-        self,
-        source: Rows,
-        recipe: DataRecipe | None = None,
-        held_out: Rows | int | float | None = None,
-        seed: int = 3407,
-    ) -> DataReport:
+    def use_data(self, source: Rows, recipe: DataRecipe | None = None, held_out: HeldOut = None, seed: int = 3407) -> DataReport:
         """Read rows, find their format, render them with the model's chat template and label the replies.
 
         Args:
@@ -218,18 +214,10 @@ class Session:
         return self.take_data(*self.read_data(source, recipe, held_out, seed))
 
     def read_data(
-        self,
-        source: Rows,
-        recipe: DataRecipe | None = None,
-        held_out: Rows | int | float | None = None,
-        seed: int = 3407,
-        progress: Callable[[str, int, int | None], None] | None = None,
+        self, source: Rows, recipe: DataRecipe | None = None, held_out: HeldOut = None, seed: int = 3407, progress: Told = None
     ) -> tuple[DataReport, DataConfig]:
-        """What `use_data` reads, without using it yet: panels read on another thread, and then `take_data`.
-
-        Args:
-            progress: told (what is done, rows done, rows in all or None); what it raises ends the reading.
-        """
+        """What `use_data` reads, without using it yet: panels read on another thread, and then `take_data`. `progress` is
+        told (what is done, rows done, rows in all or None); what it raises ends the reading."""
         self._require_idle("change the data")
         self._require_model("map data")
         from nbkit.data.pipeline import prepare
@@ -238,8 +226,7 @@ class Session:
         recipe = recipe or DataRecipe()
         assert self._model_config is not None
         with told_to(progress):
-            length = self._model_config.max_seq_length
-            where = cache_folder(self.workspace)
+            length, where = self._model_config.max_seq_length, cache_folder(self.workspace)
             report = prepare(source, self.tokenizer, recipe, max_seq_length=length, held_out=held_out, seed=seed, cache=where)
         # Rows that came from memory are kept as a file, so that the RunConfig alone can run again.
         return report, DataConfig(
