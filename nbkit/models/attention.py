@@ -163,11 +163,16 @@ def backward(
         lse, seed, offset = kept
         g, rep = k.shape[1], q.shape[1] // k.shape[1]
         dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-            do, q, repeat(k, rep), repeat(v, rep), _bias(mask, q), out, lse, seed, offset, 0.0, [True, True, True, False],
+            do, q, repeat(k, rep), repeat(v, rep), _bias(mask, q), _dense(out), lse, seed, offset, 0.0, [True, True, True, False],
             mask is None, scale=how.scale,
         )  # fmt: skip
         return dq, _sum_groups(dk, g), _sum_groups(dv, g)
     return _plain_backward(how, do, q, k, v, out, mask, kept[0])
+
+
+def _dense(out: Tensor) -> Tensor:
+    """out (B, H, T, K) with all its heads of a token side by side: the memory-efficient backward reads it without strides."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _side_by_side(*tensors: Tensor) -> list[Tensor]:
@@ -213,7 +218,7 @@ def _documents_backward(
     g, rep = k.shape[1], q.shape[1] // k.shape[1]
     rows = [x[None] for x in _side_by_side(do, q, repeat(k, rep), repeat(v, rep))]
     grads = aten._efficient_attention_backward(
-        *rows, None, _side_by_side(out)[0][None], starts, starts, longest, longest, lse, 0.0, seed, offset, 1, False,
+        *rows, None, _side_by_side(_dense(out))[0][None], starts, starts, longest, longest, lse, 0.0, seed, offset, 1, False,
         scale=how.scale,
     )  # fmt: skip
     dq, dk, dv = (x[0].unflatten(0, (b, t)).transpose(1, 2) for x in grads[:3])

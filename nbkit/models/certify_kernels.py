@@ -52,7 +52,9 @@ def kernel_rows(
 
 def launched(name: str, base: Any, bound: set[str]) -> bool:
     """Whether a training step of the model uses the op; ops that no bound forward calls are none of its own."""
-    fused = binding_of(base) is not None
+    binding = binding_of(base)
+    fused = binding is not None
+    bordered = binding is not None and any(not g.nf4 or g.copied for b in binding.bound for g in b.parts.groups)
     nf4 = any(type(module).__name__ == "Linear4bit" for module in base.modules())
     lora = any(hasattr(module, "lora_A") for module in base.modules())
     used = {
@@ -61,7 +63,7 @@ def launched(name: str, base: Any, bound: set[str]) -> bool:
         "swiglu": "swiglu" in bound or fused,
         "linear_cross_entropy": "linear_cross_entropy" in bound,
         "rope_pack": fused,
-        "lora_border": fused and lora,
+        "lora_border": bordered and lora,  # packed weights get their border as they are dequantised
         "nf4": fused and nf4,
     }
     return used.get(name, False)

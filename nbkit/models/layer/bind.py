@@ -199,6 +199,9 @@ class Binding:
         for layer in self.bound:
             layer.release()
         self.bound.clear()
+        self.writer = self.everything = None  # they hold views of the buffers, and this object lives until it is collected
+        self.rows.handed = None
+        self.scratch.buffers.clear()
         self.embedding.park(False)
         self.host = None
         if self.norm is not None:
