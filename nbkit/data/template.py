@@ -67,6 +67,25 @@ class Rendered:
     raw: bool = False
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A conversation on its way to the template. `key` is that of its skeleton."""
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+    marked: Marked
+    key: tuple[str, str, bool]
+
+
+def _asked(row: Row, prompt: bool) -> _Asked | RowFault:
+    try:
+        messages, tools = prepared(row.messages), list(row.tools) if row.tools else None
+        marked = mark(messages)
+        return _Asked(messages, tools, marked, (marked.key, json.dumps(tools, sort_keys=True) if tools else "", prompt))
+    except (TypeError, ValueError, RecursionError) as error:
+        return RowFault("wrong_type", f"a tool, or a tool call, holds a value that is not JSON ({error})")
+
+
 class Renderer:
     """Renders and labels conversations for one tokenizer.
 
@@ -118,20 +137,18 @@ class Renderer:
 
         With `prompt` each ends in the generation prompt, as it is given to the model, and nothing is trained.
         """
-        given = [prepared(row.messages) for row in rows]
-        marks = [mark(messages) for messages in given]
-        tools = [list(row.tools) if row.tools else None for row in rows]
-        texts = self._apply([(messages, tool, prompt) for messages, tool in zip(given, tools, strict=True)])
-        keys = [(m.key, json.dumps(tool, sort_keys=True) if tool else "", prompt) for m, tool in zip(marks, tools, strict=True)]
-        for key, m, tool in {key: (key, m, tool) for key, m, tool in zip(keys, marks, tools, strict=True)}.values():
-            if key not in self._skeletons:
-                if len(self._skeletons) >= KEPT_SKELETONS:
-                    self._skeletons.clear()
-                self._skeletons[key] = self._skeleton(m, tool, prompt)
+        asked = [_asked(row, prompt) for row in rows]
+        good = [one for one in asked if isinstance(one, _Asked)]
+        if len(self._skeletons) >= KEPT_SKELETONS:
+            self._skeletons.clear()
+        texts = iter(self._apply([(one.messages, one.tools, prompt) for one in good]))
+        for one in good:
+            if one.key not in self._skeletons:
+                self._skeletons[one.key] = self._skeleton(one.marked, one.tools, prompt)
         found: list[Rendered | RowFault] = []
-        for row, text, m, key in zip(rows, texts, marks, keys, strict=True):
+        for row, one in zip(rows, asked, strict=True):
             try:
-                found.append(self._placed(row, text, m, key))
+                found.append(one if isinstance(one, RowFault) else self._placed(row, next(texts), one.marked, one.key))
             except RowFault as fault:
                 found.append(fault)
         return found

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from nbkit.config import IGNORE_INDEX
-from nbkit.data import skeleton
+from nbkit.data import skeleton, template
 from nbkit.data.findings import RowFault
 from nbkit.data.masks import Labelled
-from nbkit.data.template import Renderer
+from nbkit.data.template import Renderer, Row
 from nbkit.data.templates import NAMED
 from tests.data.oracle import text
 from tests.data.test_templates import WEATHER, called
@@ -140,3 +140,24 @@ def test_a_mask_that_trains_what_a_tool_answers_is_caught(monkeypatch: pytest.Mo
     assert trained(renderer, called(), [WEATHER]) == wanted("qwen-2.5", "Bergen", "")
     monkeypatch.setattr(Renderer, "_trained", wrong)
     assert trained(renderer, called(), [WEATHER]) != wanted("qwen-2.5", "Bergen", "")
+
+
+def test_values_that_are_no_json_cost_their_row_only() -> None:
+    import datetime
+
+    renderer = Renderer(tokenizer(), "qwen-3")
+    bad, keys = called(), called()
+    bad[1]["tool_calls"] = [{"type": "function", "function": {"name": "x", "arguments": {"day": datetime.date(2026, 1, 1)}}}]
+    keys[1]["tool_calls"] = [{"type": "function", "function": {"name": "x", "arguments": {1: "a", "b": "c"}}}]
+    found = renderer.render_rows([Row(called()), Row(bad), Row(keys), Row(called(), [datetime.date]), Row(called("Oslo"))])
+    assert [isinstance(one, RowFault) for one in found] == [False, True, True, True, False]
+    assert all(one.kind == "wrong_type" and "not JSON" in one.sentence for one in found if isinstance(one, RowFault))
+
+
+def test_more_shapes_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template, "KEPT_SKELETONS", 2)
+    renderer = Renderer(tokenizer(), "qwen-3")
+    shapes = [called(count=count, text=beside) for count in (1, 2, 3) for beside in ("", "I look.")]
+    for _ in range(3):
+        assert not any(isinstance(one, RowFault) for one in renderer.render_rows([Row(one) for one in shapes]))
+    assert len(renderer._skeletons) <= 2 + len(shapes)
