@@ -252,9 +252,9 @@ def limit(options: list[str]) -> None:
 def optimizer_of(model, eight_bit: bool) -> torch.optim.Optimizer:
     params = [p for p in model.parameters() if p.requires_grad]
     if eight_bit:
-        import bitsandbytes as bnb
+        from nbkit.training.optim import AdamW8bit
 
-        return bnb.optim.AdamW8bit(params, lr=1e-4)
+        return AdamW8bit(params, lr=1e-4)
     return torch.optim.AdamW(params, lr=1e-4, fused=True)
 
 
@@ -391,7 +391,7 @@ def main() -> None:
     parser.add_argument("--commit", default="")
     parser.add_argument("--profile", action="store_true", help="device time by kernel, and host time by function")
     parser.add_argument(
-        "--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="torch's fused, or bitsandbytes' 8-bit"
+        "--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="torch's fused, or nbkit's 8-bit"
     )
     parser.add_argument("--truth", action="store_true", help="gradient errors against a float32 copy of the model")
     given = parser.parse_args()

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nbkit.training.evaluate import held_out_loss
+    from nbkit.training.optim import AdamW8bit
     from nbkit.training.runner import Run
 
-__all__ = ["Run", "held_out_loss"]
+__all__ = ["AdamW8bit", "Run", "held_out_loss"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,4 +24,8 @@ def __getattr__(name: str) -> Any:
         from nbkit.training.evaluate import held_out_loss
 
         return held_out_loss
+    if name == "AdamW8bit":
+        from nbkit.training.optim import AdamW8bit
+
+        return AdamW8bit
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
