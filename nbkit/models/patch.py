@@ -88,6 +88,9 @@ def patch(model: Any, *, graphs: bool = True) -> PatchReport:
             loss and the gradients of all LoRA parameters; logits read from it carry no gradient.
     With labels the loss is computed from the labelled rows alone; the output's `logits` are then made when they are read.
     A family that is not declared, or a GPU below capability 7.0, runs stock; the report says so.
+    In an unmodified TRL SFTTrainer or DPOTrainer the layers are nbkit's and the head is TRL's: from 1.x on a chunked one that
+    TRL binds over this one, in 0.29 whole logits, which its entropy and accuracy read at every step (one projection without
+    gradient more). Neither records steps. nbkit's own trainer keeps this head, and records.
     Raises: ModelError for an object that is no transformers model.
     """
     base = base_model(model)

@@ -71,9 +71,9 @@ def set_checkpointing(model: Any, asked: bool | str) -> str:
     if asked:
         model.train()  # what fits depends on it: dropout is off in eval mode
         binding.refresh()
-    fused = [one.parts for one in binding.bound if one.parts.index not in binding.reasons]
-    for parts in fused:
-        parts.layer.gradient_checkpointing = False
+    fused: list[Any] = [one.parts.layer for one in binding.bound if one.parts.index not in binding.reasons]
+    for layer in fused:
+        layer.gradient_checkpointing = False
     if not asked or len(fused) == len(binding.bound) and not binding.reasons:
         return ""
     return f"{len(binding.reasons)} layers that are not fused take transformers' own checkpointing."

@@ -22,7 +22,7 @@ class Guard:
         while hasattr(inner, "optimizer"):  # accelerate's wrapper
             inner = inner.optimizer
         fused = isinstance(inner, torch.optim.AdamW) and all(group.get("fused") for group in inner.param_groups)
-        self._optimizer = inner if fused else None
+        self._optimizer: Any = inner if fused else None
 
     def arm(self, figures: Tensor) -> bool:
         """Skip the coming step if any of `figures` is not finite; False if this optimizer cannot."""
@@ -51,10 +51,10 @@ class Norms:
         if not present:
             self.each = None
             return torch.zeros(())
-        grads = [p.grad for _, p in present]
-        device = grads[0].device  # type: ignore[union-attr]
+        grads = [p.grad for _, p in present if p.grad is not None]
+        device = grads[0].device
         self.each = torch.stack([norm.float().to(device) for norm in torch._foreach_norm(grads)])
-        total = torch.linalg.vector_norm(self.each)
+        total: Any = torch.linalg.vector_norm(self.each)
         if max_norm:
             torch.nn.utils.clip_grads_with_norm_([p for _, p in present], max_norm, total)
         return total
