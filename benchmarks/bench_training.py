@@ -390,9 +390,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default="")
     parser.add_argument("--profile", action="store_true", help="device time by kernel, and host time by function")
-    parser.add_argument(
-        "--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="torch's fused, or nbkit's 8-bit"
-    )
+    parser.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="torch's fused, or nbkit's 8-bit")
     parser.add_argument("--truth", action="store_true", help="gradient errors against a float32 copy of the model")
     given = parser.parse_args()
     Nbkit.optimizer_bytes = 8 if given.optimizer == "adamw" else 2

@@ -21,7 +21,7 @@ import nbformat
 HERE = Path(__file__).resolve().parent
 CELL = re.compile(r"^# %%(?P<markdown> \[markdown\])?.*$", re.MULTILINE)
 
-INSTALL = '''\
+INSTALL = """\
 # Installs nbkit where it is missing, as on Colab or Kaggle; changes nothing that is already there.
 import importlib.util
 import os
@@ -31,7 +31,7 @@ import sys
 if importlib.util.find_spec("nbkit") is None:
     preinstalled = "COLAB_RELEASE_TAG" in os.environ or "KAGGLE_KERNEL_RUN_TYPE" in os.environ
     package = f"nbkit-llm[{{'colab' if preinstalled else 'gpu'}}] @ git+{repository}"
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", package], check=True)'''
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", package], check=True)"""
 
 
 def repository() -> str:
@@ -46,14 +46,19 @@ def badges(name: str) -> str:
     project = address.removeprefix("https://github.com/")
     path = f"notebooks/{name}.ipynb"
     links = {
-        "Open in Colab": ("https://colab.research.google.com/assets/colab-badge.svg",
-                          f"https://colab.research.google.com/github/{project}/blob/main/{path}"),
-        "Open in Kaggle": ("https://kaggle.com/static/images/open-in-kaggle.svg",
-                           f"https://kaggle.com/kernels/welcome?src={address}/blob/main/{path}"),
-        "Launch Binder": ("https://mybinder.org/badge_logo.svg",
-                          f"https://mybinder.org/v2/gh/{project}/HEAD?labpath={quote(path, safe='')}"),
-        "View on GitHub": ("https://img.shields.io/badge/view-on%20GitHub-181717?logo=github",
-                           f"{address}/blob/main/{path}"),
+        "Open in Colab": (
+            "https://colab.research.google.com/assets/colab-badge.svg",
+            f"https://colab.research.google.com/github/{project}/blob/main/{path}",
+        ),
+        "Open in Kaggle": (
+            "https://kaggle.com/static/images/open-in-kaggle.svg",
+            f"https://kaggle.com/kernels/welcome?src={address}/blob/main/{path}",
+        ),
+        "Launch Binder": (
+            "https://mybinder.org/badge_logo.svg",
+            f"https://mybinder.org/v2/gh/{project}/HEAD?labpath={quote(path, safe='')}",
+        ),
+        "View on GitHub": ("https://img.shields.io/badge/view-on%20GitHub-181717?logo=github", f"{address}/blob/main/{path}"),
     }
     return " ".join(f"[![{text}]({image})]({link})" for text, (image, link) in links.items())
 

@@ -113,15 +113,21 @@ def report(summary: dict[str, Any], minutes: float, peak_bytes: int) -> str:
     """The closing lines: what a newcomer wants to know of the run."""
     before, after, fields = summary["loss_before"], summary["loss_after"], summary["fields"]
     change = f"({after / before - 1:+.0%}) on {summary['rows']} rows never trained on"
-    lines = ["", f"held-out loss   {before:.3f} -> {after:.3f} {change}",
-             f"fields right    {summary['fields_right_before']} -> {summary['fields_right_after']} of {fields}"]
+    lines = [
+        "",
+        f"held-out loss   {before:.3f} -> {after:.3f} {change}",
+        f"fields right    {summary['fields_right_before']} -> {summary['fields_right_after']} of {fields}",
+    ]
     for answer in summary["answers"]:
         lines += ["", f"prompt          {answer['prompt']}"]
         lines += [f"  {when:<14}{answer[when]}" for when in ("before", "after")]
     lines += ["", f"adapter         {summary['adapter']}", f"merged model    {summary['merged']}"]
     lines += [f"GGUF            {path}" for path in summary["gguf"]]
-    lines += ["", f"took            {minutes:.1f} minutes, of which training {summary['train_seconds'] / 60:.1f}; "
-              f"peak memory {peak_bytes / 1e9:.2f} GB"]
+    lines += [
+        "",
+        f"took            {minutes:.1f} minutes, of which training {summary['train_seconds'] / 60:.1f}; "
+        f"peak memory {peak_bytes / 1e9:.2f} GB",
+    ]
     return "\n".join(line.replace("\n", "\n                ") for line in lines)
 
 
@@ -136,8 +142,13 @@ def main() -> int:
     summary_path.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
 
-    runner = Runner(nbformat.read(options.notebook, as_version=4), timeout=CELL_TIMEOUT, kernel_name="python3",
-                    resources={"metadata": {"path": str(out)}}, store_widget_state=False)
+    runner = Runner(
+        nbformat.read(options.notebook, as_version=4),
+        timeout=CELL_TIMEOUT,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(out)}},
+        store_widget_state=False,
+    )
     runner.begin()
     done = threading.Event()
     follower = threading.Thread(target=follow_runs, args=(workspace, done), daemon=True)

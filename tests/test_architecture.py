@@ -225,4 +225,4 @@ def test_no_unfinished_marks() -> None:
     for name, text in text_files():
         if name.endswith((".py", ".md", ".toml", ".ipynb")):
             found = mark.search(text)
-            assert found is None, f"{name}: {text[max(0, found.start() - 40):found.end() + 40]!r}"
+            assert found is None, f"{name}: {text[max(0, found.start() - 40) : found.end() + 40]!r}"

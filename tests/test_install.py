@@ -57,8 +57,11 @@ def test_the_tests_run_on_the_pinned_set() -> None:
     from importlib.metadata import distributions
 
     installed = {normal(d.metadata["Name"]): d.version.split("+")[0] for d in distributions()}
-    wrong = {n: (v, installed[normal(n)]) for n, v in pins(ROOT / "constraints" / "cpu.txt").items()
-             if normal(n) in installed and installed[normal(n)] != v}
+    wrong = {
+        n: (v, installed[normal(n)])
+        for n, v in pins(ROOT / "constraints" / "cpu.txt").items()
+        if normal(n) in installed and installed[normal(n)] != v
+    }
     assert wrong == {}, "pinned and installed versions differ; run make setup"
 
 

@@ -211,8 +211,8 @@ def _against_stock(model: Any, inputs: dict[str, Any], ours: Measured, truth: Me
         if row.ok or row.note or (row.kind == "gradient" and row.name not in exact.grads):
             judged.append(row)
             continue
-        parts = [one.loss if row.kind == "loss" else one.grads[row.name] for one in (ours, truth, exact)]
-        gap = by_norm(*parts)
+        mine, theirs, right = (one.loss if row.kind == "loss" else one.grads[row.name] for one in (ours, truth, exact))
+        gap = by_norm(mine, theirs, right)
         size, note = max(gap.truth, 1e-30), "stock itself errs more than 1e-5: judged against float64"
         judged.append(Row(row.kind, row.name, leg, gap.ratio, gap.ours / size, gap.eager / size, note))
     return judged
