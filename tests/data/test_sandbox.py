@@ -28,10 +28,18 @@ def worker() -> Any:
     made.stop()
 
 
+@pytest.fixture(scope="module")
+def patient() -> Any:
+    """One whose clock does not strike before its memory is full, however busy the machine is."""
+    made = Worker(seconds=8)
+    yield made
+    made.stop()
+
+
 def fault(worker: Worker, template: str) -> RowFault:
     before = time.monotonic()
     (found,) = worker.render(template, {}, [JOB], patience=8)
-    assert time.monotonic() - before < 10
+    assert time.monotonic() - before < 30
     assert isinstance(found, RowFault), found
     return found
 
@@ -73,8 +81,8 @@ def test_an_endless_template_is_stopped_by_its_own_clock(worker: Worker, name: s
 
 @posix
 @pytest.mark.parametrize("name", GROWING)
-def test_a_growing_template_is_stopped(worker: Worker, name: str) -> None:
-    found = fault(worker, GROWING[name])
+def test_a_growing_template_is_stopped(patient: Worker, name: str) -> None:
+    found = fault(patient, GROWING[name])
     assert found.kind == "template_limit"
     assert "more than 512 MB" in found.sentence or "more than 67,108,864 characters" in found.sentence
 

@@ -129,7 +129,7 @@ def test_the_studio_shows_a_whole_script(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(FakeRun, "wait", lambda self: None, raising=False)
     exec(compile(studio.code(), "shown", "exec"), {"print": lambda *_: None})
     names = [call[0] for call in session.calls]
-    assert names == ["load", "add_lora", "use_data", "train", "chat"]
+    assert names == ["load", "add_lora", "read_data", "train", "chat"]
     assert session.calls[0][1] == ("some/model",) and session.calls[0][2]["max_seq_length"] == 512
     assert session.calls[2][2]["held_out"] == 30
     assert session.calls[3][1] == (TrainConfig(max_steps=40),)
