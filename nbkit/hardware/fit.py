@@ -1,16 +1,17 @@
 """What a LoRA run needs in memory, part by part, and whether this machine has it.
 
-The parts are formulas of the shape, not measurements; they err on the large side. Gradient checkpointing is
-assumed. Sizes in bytes.
+The parts are formulas of the shape, not measurements; they err on the large side. On a GPU they are those of the engine's
+leanest plan (hardware/forecast.py), which its planner falls back to; on a CPU gradient checkpointing is assumed. Sizes in bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from nbkit.config import LoraConfig
 from nbkit.families import all_families
+from nbkit.hardware import forecast
 from nbkit.hardware.forecast import NF4_BYTES
 from nbkit.hardware.probe import Machine, probe
 from nbkit.hardware.shapes import ModelShape, shape_of
@@ -21,6 +22,17 @@ LOGIT_ROWS = 1024  # rows of logits that are in memory at once
 CUDA_CONTEXT = 450 * MIB
 LIBRARIES = 900 * MIB  # torch, transformers, PEFT, TRL, bitsandbytes and what malloc keeps back, in a process on CPU
 RESERVE = 0.05  # of the free memory, for fragmentation
+LONGEST = 2**22  # tokens, rows and ranks above are not asked for
+
+
+@dataclass(frozen=True)
+class Largest:
+    """The most that fits of each, the other two as given; 0 where nothing does. `host_bytes`: host RAM at that context."""
+
+    batch_size: int
+    max_seq_length: int
+    rank: int
+    host_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,20 +124,71 @@ def needs(
     wide = 2 if gpu else 4  # bytes of an activation, and of a weight that is not quantised
     trained = shape.lora_parameters(lora.rank, lora.targets)
     tokens = batch_size * max_seq_length
-    # Kept between forward and backward: each layer's input. Live at once: one layer, recomputed, and its gradients.
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    layer = 6 * shape.hidden + 3 * queries + 4 * keys + 6 * shape.intermediate
     optimizer = 2 if load_in_4bit and gpu else 8  # two moments: 8-bit on quantised weights, float32 else
     return {
         "weights": weight_bytes(shape, load_in_4bit=load_in_4bit, bytes_per_weight=wide),
         "adapter": 4 * trained,
         "gradients": 4 * trained,
         "optimizer": optimizer * trained,
-        "activations": tokens * wide * (shape.layers * shape.hidden + layer),
-        "logits": 3 * 4 * min(tokens, LOGIT_ROWS) * shape.vocab,  # logits, their float32 softmax, their gradient
-        "dequantised": 2 * wide * shape.hidden * shape.intermediate if load_in_4bit else 0,
+        **(_on_gpu(shape, machine, tokens, load_in_4bit) if gpu else _on_cpu(shape, tokens, wide)),
         "libraries": CUDA_CONTEXT if gpu else LIBRARIES,
     }
+
+
+def _on_cpu(shape: ModelShape, tokens: int, wide: int) -> dict[str, int]:
+    """Each layer's input is kept; live at once are one layer, recomputed, its gradients, and some rows of logits."""
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    layer = 6 * shape.hidden + 3 * queries + 4 * keys + 6 * shape.intermediate
+    return {
+        "activations": tokens * wide * (shape.layers * shape.hidden + layer),
+        "logits": 3 * 4 * min(tokens, LOGIT_ROWS) * shape.vocab,  # logits, their float32 softmax, their gradient
+    }
+
+
+def _on_gpu(shape: ModelShape, machine: Machine, tokens: int, load_in_4bit: bool) -> dict[str, int]:
+    """The engine's leanest plan: layer inputs in host RAM where that has room, token tiles, one key/value head at a time."""
+    s = forecast.Sizes(
+        shape.layers, shape.hidden, shape.intermediate, shape.heads, shape.kv_heads, shape.head_dim, shape.vocab, lora=0
+    )
+    offload = forecast.host(4, tokens, s) <= forecast.HOST_SHARE * machine.ram_free_bytes
+    parts = forecast.step(
+        4, tokens, s, four_bit=load_in_4bit, offload=offload, tile=forecast.TILE, groups=1, parked=not shape.tied
+    )
+    return {
+        "activations": parts["kept activations"] + parts["working memory"],
+        "dequantised": parts.get("dequantised layer", 0),
+        "embedding in host RAM": parts.get("embedding in host RAM", 0),
+    }
+
+
+def largest(
+    shape: ModelShape,
+    machine: Machine,
+    lora: LoraConfig | None = None,
+    *,
+    load_in_4bit: bool = False,
+    batch_size: int = 1,
+    max_seq_length: int = 1024,
+) -> Largest:
+    """The largest batch, context and rank that fit, each with the other two as given. Arguments as `fit`."""
+    lora = lora or LoraConfig()
+    free = int(machine.free_bytes * (1 - RESERVE))
+
+    def most(asked: Callable[[int], dict[str, int]]) -> int:
+        low, high = 0, LONGEST
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if sum(asked(middle).values()) <= free else (low, middle - 1)
+        return low
+
+    def with_(rank: int = lora.rank, batch: int = batch_size, length: int = max_seq_length) -> dict[str, int]:
+        return needs(shape, machine, replace(lora, rank=rank), load_in_4bit=load_in_4bit, batch_size=batch, max_seq_length=length)
+
+    context = most(lambda n: with_(length=max(n, 1)))
+    host = context * batch_size * shape.layers * shape.hidden * 2 if machine.device == "cuda" else 0
+    ranks = min(most(lambda n: with_(rank=max(n, 1))), shape.hidden)
+    offloaded = host if host <= forecast.HOST_SHARE * machine.ram_free_bytes else 0
+    return Largest(most(lambda n: with_(batch=max(n, 1))), context, ranks, offloaded)
 
 
 def _instead(shape: ModelShape, machine: Machine, lora: LoraConfig, four: bool, batch: int, length: int, free: int) -> str:

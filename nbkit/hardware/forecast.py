@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+TILE = 4096  # rows that go through the projections and the MLP at a time: GEMMs lose nothing at this size
+HOST_SHARE = 0.75  # of the free host RAM that kept activations may take
 CHUNK = 256 * 2**20  # the most bytes of logits that exist at a time
 # Bytes of a double-quantised weight: 4 bits, an 8-bit absmax per 64 weights, a float32 scale per 256 of those (arXiv 2305.14314).
 NF4_BYTES = 0.5 + 1 / 64 + 4 / 16384

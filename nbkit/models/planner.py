@@ -19,12 +19,11 @@ from typing import Any
 import torch
 
 from nbkit.hardware import forecast
+from nbkit.hardware.forecast import HOST_SHARE, TILE
 from nbkit.models.layer.keep import DEFAULT, Keep
 
 MARGIN = 0.03  # of the free memory: fragments, and what the forecast does not know
 RESERVE = 128 * 2**20  # cuBLAS workspaces, cuDNN, other small users
-HOST_SHARE = 0.75  # of the free host RAM that kept activations may take
-TILE = 4096  # rows: GEMMs lose nothing at this size
 LONG = 16384  # rows from which attention costs more than two copies over the bus
 GROUP_BYTES = 256 * 2**20  # of one round of attention's backward
 GIB = 2**30

@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
 from nbkit.config import LoraConfig
-from nbkit.hardware.fit import GIB, MIB, catalog, fit, largest_that_fits, needs, weight_bytes, with_free
+from nbkit.hardware.fit import GIB, MIB, catalog, fit, largest, largest_that_fits, needs, weight_bytes, with_free
 from nbkit.hardware.probe import Machine
 from nbkit.hardware.shapes import known_shape
 
@@ -110,3 +112,25 @@ def test_catalog_is_whole_sorted_and_of_this_device():
 def test_with_free_changes_the_right_memory():
     assert with_free(machine(14), 5).free_bytes == 5
     assert with_free(machine(14, "cpu"), 5).ram_free_bytes == 5
+
+
+def test_the_largest_of_each_fits_and_one_more_does_not():
+    shape, here = known_shape(LLAMA), replace(machine(16), ram_free_bytes=128 * GIB, ram_total_bytes=128 * GIB)
+    lora = LoraConfig(rank=32)
+    found = largest(shape, here, lora, load_in_4bit=True, batch_size=1, max_seq_length=2048)
+    asked = {"load_in_4bit": True, "batch_size": 1, "max_seq_length": 2048}
+    for name, most in (("batch_size", found.batch_size), ("max_seq_length", found.max_seq_length)):
+        assert fit(shape, here, lora, **{**asked, name: most}).ok
+        assert not fit(shape, here, lora, **{**asked, name: most + 1}).ok
+    assert fit(shape, here, replace(lora, rank=found.rank), **asked).ok
+    assert not fit(shape, here, replace(lora, rank=found.rank + 1), **asked).ok
+    assert found.host_bytes == found.max_seq_length * 32 * 4096 * 2
+
+
+def test_host_memory_bounds_the_context_and_nothing_fits_nowhere():
+    shape = known_shape(LLAMA)
+    rich, poor = (replace(machine(24), ram_free_bytes=ram * GIB) for ram in (128, 8))
+    contexts = [largest(shape, here, load_in_4bit=True).max_seq_length for here in (rich, poor)]
+    assert contexts[0] > 3 * contexts[1] > 0
+    none = largest(shape, machine(2), load_in_4bit=True)
+    assert (none.batch_size, none.max_seq_length, none.rank) == (0, 0, 0)
