@@ -32,7 +32,7 @@ class Collected:
         used: the good rows that are left, in order.
         rows_in: all rows of the source, the bad ones included.
         left_out: rows that were dropped, and rows that were refused.
-        longest: tokens of the longest row, whether it is used or not.
+        longest: tokens of the longest row, whether it is used or not; without `longest_counted` at least so many.
         reread: looks at rows once more.
     """
 
@@ -45,6 +45,7 @@ class Collected:
     left_out: dict[str, int]
     longest: int
     reread: Reread
+    longest_counted: bool = True
 
     def number(self, row: int) -> int:
         """The number that a good row has in its source."""
@@ -102,11 +103,13 @@ class _Gathered:
     left_out: dict[str, int] = field(default_factory=lambda: {DROPPED: 0, REFUSED: 0})
     rows_in: int = 0
     longest: int = 0
+    longest_counted: bool = True
 
     def add(self, outcome: Outcome) -> None:
         number = outcome.row.number
         self.rows_in += 1
         self.longest = max(self.longest, outcome.length)
+        self.longest_counted &= outcome.counted
         if outcome.fault is not None:
             way = self.recipe.too_long if outcome.fault.kind == "too_long" else self.recipe.faulty
             left_out = DROPPED if way == "drop" else REFUSED
@@ -146,6 +149,7 @@ class _Gathered:
             left_out=self.left_out,
             longest=self.longest,
             reread=reread,
+            longest_counted=self.longest_counted,
         )
 
 

@@ -117,9 +117,9 @@ def _cut(row: Turns, limit: int) -> Search:
     found, place = yield from _longest(row.conversation, runs, [at[end] for end in shorter], limit)
     if found is None:
         return Fitted([], "cut", "cut after its first reply it would still be too long" if shorter else "it is a single turn")
-    lost = total - len(found.labelled.input_ids)
-    count = len(messages) - shorter[place]
-    return Fitted([found], "cut", f"the last {count} of {len(messages)} turns are cut off, {lost:,} of {total:,} tokens")
+    left, count = len(found.labelled.input_ids), len(messages) - shorter[place]
+    said = f"{total - left:,} of {total:,} tokens" if row.whole.labelled.whole else f"{left:,} tokens are left"
+    return Fitted([found], "cut", f"the last {count} of {len(messages)} turns are cut off, {said}")
 
 
 def _split(row: Turns, limit: int) -> Search:
@@ -200,7 +200,7 @@ def _text(whole: Piece, way: str, limit: int, bos: int | None) -> Search:
     pieces = [_part(whole, begins, start, end) for start, end in zip(edges, edges[1:], strict=False)]
     pieces = [piece for piece in pieces if piece.trains]
     if way == "cut":
-        return Fitted(pieces, way, f"the text is cut after {edges[1]:,} of {len(ids):,} tokens, so that it has no stop token")
+        return Fitted(pieces, way, f"the text is cut after {edges[1]:,} of {whole.labelled.size}, so that it has no stop token")
     first = "each begins with BOS, " if begins else ""
     said = f"the text of {len(ids):,} tokens is made into {len(pieces)} pieces; {first}only the last has the end of the text"
     return Fitted(pieces, way, said)

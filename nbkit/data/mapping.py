@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nbkit.config import DataRecipe
@@ -34,7 +34,8 @@ AHEAD = 2  # chunks that are rendered before the first of them must be tokenised
 class Outcome:
     """One row and what is made of it: `pieces` to train on, several if it was split; none if there is a `fault`.
 
-    `length`: tokens of the row as it came, 0 if it has none. `notes` are worth a warning: (kind, sentence)."""
+    `length`: tokens of the row as it came, 0 if it has none; without `counted` it has more. `notes` are worth a warning:
+    (kind, sentence)."""
 
     row: Row
     pieces: tuple[Piece, ...] = ()
@@ -42,6 +43,7 @@ class Outcome:
     fault: RowFault | None = None
     length: int = 0
     liked: bool | None = None
+    counted: bool = True
 
 
 @dataclass
@@ -112,7 +114,8 @@ class Mapping:
         for one in chunk:
             if one.conversation is not None and one.conversation.text is not None:
                 one.rendered.append(self.renderer.render_text(one.conversation.text))
-        return self.renderer.label([text for one in chunk for text in one.rendered])
+        most = None if self.recipe.too_long == "split" else self.limit  # what is split is wanted whole
+        return self.renderer.label([text for one in chunk for text in one.rendered], most)
 
     def _settled(
         self, chunk: list[_Asked], labelled: Future[list[Labelled | RowFault]], pool: ThreadPoolExecutor
@@ -141,20 +144,22 @@ class Mapping:
             return Outcome(asked.row, fault=fault), None
         conversation, labels = asked.conversation, [result for result in results if isinstance(result, Labelled)]
         notes = tuple(dict.fromkeys((*conversation.notes, *(note for one in asked.rendered for note in one.notes))))
-        length = max(len(one.input_ids) for one in labels)
+        length = max(map(_size, labels))
         piece = Piece(conversation.messages, asked.rendered[0], labels[0])
         if len(labels) == 2:
             piece = Piece(piece.messages, piece.rendered, piece.labelled, (asked.rendered[1], labels[1]))
         fault = self._fault(piece, length)
-        outcome = Outcome(asked.row, () if fault else (piece,), notes, fault, length, conversation.label)
+        counted = all(one.whole for one in labels)
+        outcome = Outcome(asked.row, () if fault else (piece,), notes, fault, length, conversation.label, counted)
         if fault is None or fault.kind != "too_long" or self.recipe.too_long not in ("cut", "split"):
             return outcome, None
         return outcome, Turns(conversation, piece)
 
     def _fault(self, piece: Piece, length: int) -> RowFault | None:
         if length > self.limit:
+            whole = piece.labelled if piece.rejected is None else max(piece.labelled, piece.rejected[1], key=_size)
             remedy = "raise max_seq_length or shorten the row"
-            return RowFault("too_long", f"the row has {length:,} tokens, max_seq_length is {self.limit:,}; {remedy}")
+            return RowFault("too_long", f"the row has {whole.size}, max_seq_length is {self.limit:,}; {remedy}")
         if not piece.trains:
             return RowFault("no_trained_token", "the tokenizer makes no token of the reply, so nothing would be trained")
         return None
@@ -163,7 +168,7 @@ class Mapping:
         """Many conversations rendered and labelled together; a fault where the template or the tokenizer refuses one."""
         rendered = self.renderer.render_rows([_sides(conversation)[0] for conversation in conversations])
         good = [one for one in rendered if isinstance(one, Rendered)]
-        results = iter(pool.submit(self.renderer.label, good).result())
+        results = iter(pool.submit(self.renderer.label, good, self.limit).result())
         made: list[Piece | RowFault] = []
         for conversation, one in zip(conversations, rendered, strict=True):
             result = one if isinstance(one, RowFault) else next(results)
@@ -177,9 +182,8 @@ class Mapping:
     def _fitted(outcome: Outcome, result: fitting.Fitted) -> Outcome:
         if not result.pieces:
             fault = RowFault("too_long", f"{outcome.fault}; {result.sentence}")
-            return Outcome(outcome.row, (), outcome.notes, fault, outcome.length, outcome.liked)
-        notes = (*outcome.notes, (result.kind, result.sentence))
-        return Outcome(outcome.row, tuple(result.pieces), notes, None, outcome.length, outcome.liked)
+            return replace(outcome, fault=fault)
+        return replace(outcome, pieces=tuple(result.pieces), notes=(*outcome.notes, (result.kind, result.sentence)), fault=None)
 
 
 class Reread:
@@ -227,6 +231,10 @@ class Reread:
         if row.number > number:
             raise DataError(f"Row {number} is no longer in {self._source.name}; read the data again.")
         return row
+
+
+def _size(labelled: Labelled) -> int:
+    return len(labelled.input_ids)
 
 
 def _sides(conversation: Conversation) -> list[Asked]:

@@ -24,11 +24,18 @@ class Labelled:
         input_ids: (T,) int32.
         labels: (T,) int32: the ids, or -100 where no loss is borne.
         spans: (T, 2) int32: the characters of each token.
+        whole: False where the text goes on after these tokens.
     """
 
     input_ids: Ints
     labels: Ints
     spans: Ints
+    whole: bool = True
+
+    @property
+    def size(self) -> str:
+        """How many tokens there are, in words: "2,048 tokens", "more than 2,048 tokens"."""
+        return ("" if self.whole else "more than ") + f"{len(self.input_ids):,} tokens"
 
 
 def labelled(text: str, ids: Ints, offsets: Ints, trained: Sequence[Span]) -> Labelled:

@@ -104,6 +104,7 @@ def _report(
         reason=found.reason,
         confidence=found.confidence,
         longest=train.longest,
+        longest_counted=train.longest_counted,
         max_seq_length=max_seq_length,
         fingerprint=fingerprint(examples, held_out),
         row_numbers=examples.row_numbers,
@@ -156,7 +157,7 @@ def _messages(reread: Reread, apart: Collected, rows: np.ndarray) -> list[list[M
 
 PLAIN = (
     "source", "rows_in", "used", "dropped", "refused", "trained_tokens", "total_tokens", "held_out_rows", "reason", "confidence",
-    "longest", "max_seq_length", "fingerprint",
+    "longest", "longest_counted", "max_seq_length", "fingerprint",
 )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ class DataReport:
         recipe: the recipe with the format found and the columns filled in.
         reason: why this format, in one sentence.
         confidence: how sure that is, 0 to 1.
-        longest: tokens of the longest row, whether it was used or not.
+        longest: tokens of the longest row, whether it was used or not; without `longest_counted` at least so many.
         fingerprint: SHA-256 of ids and labels of all examples, the held-out ones included.
         reread: looks at rows once more, for `preview`.
     """
@@ -65,6 +65,7 @@ class DataReport:
     fingerprint: str
     row_numbers: np.ndarray
     reread: Reread | None = None
+    longest_counted: bool = True
 
     @property
     def tokenizer(self) -> Any:
@@ -140,7 +141,8 @@ class DataReport:
     def _reason(self, part: str, reason: str) -> str:
         if reason != REASONS["too_long"]:
             return reason
-        longest = f"; the longest has {self.longest:,} tokens" if part == "train" else ""
+        more = "" if self.longest_counted else "at least "
+        longest = f"; the longest has {more}{self.longest:,} tokens" if part == "train" else ""
         return f"{reason} {self.max_seq_length:,}{longest}"
 
     def _lines(self) -> list[str]:

@@ -22,21 +22,25 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from nbkit.data import sandbox
+from nbkit.data.encoding import encode
 from nbkit.data.findings import RowFault
 from nbkit.data.jinja_worker import Job
-from nbkit.data.masks import Ints, Labelled, Span, arrays, labelled, pieces_of, tiled, trained_mask
+from nbkit.data.masks import Ints, Labelled, Span, labelled, pieces_of, tiled, trained_mask
 from nbkit.data.skeleton import Marked, Skeleton, build, cut, mark, match, prepared
 from nbkit.data.templates.catalog import Resolved, is_token, resolve
 from nbkit.errors import DataError
 
 __all__ = ["Labelled", "Rendered", "Renderer", "Row", "Span", "pieces_of", "tiled", "trained_mask"]
 
+PROBE = 32  # characters a token is thought to have at most, in the beginning of a text that is looked at first
+SLACK = 64  # tokens by which the beginning of a text may have more alone than within the text
 KEPT_SKELETONS = 4096  # shapes of conversations that are remembered
 
 
@@ -156,12 +160,13 @@ class Renderer:
     def render_text(self, text: str) -> Rendered:
         """Text without a template: BOS if the tokenizer adds one, the text, the end-of-sequence token; each once, and all but
         BOS trained. Control tokens spelled in it count as such: it may have been rendered before it was given."""
-        bos, eos = self._bos() or "", self.tokenizer.eos_token or ""
+        bos, eos = self._bos or "", self.tokenizer.eos_token or ""
         start = 0 if text.startswith(bos) else len(bos)
         whole = (bos if start else "") + text + ("" if eos and text.rstrip().endswith(eos) else eos)
         notes = () if eos else (("no_stop", "the tokenizer has no end-of-sequence token to put after the text"),)
         return Rendered(whole, ((len(bos), len(whole)),), ((start, start + len(text)),), notes, raw=True)
 
+    @cached_property
     def _bos(self) -> str | None:
         """The BOS token, if the tokenizer puts one before a text."""
         bos = self.tokenizer.bos_token_id
@@ -265,14 +270,34 @@ class Renderer:
 
     # -- tokens ----------------------------------------------------------------------------------------
 
-    def label(self, rendered: Sequence[Rendered]) -> list[Labelled | RowFault]:
-        """Ids and labels of many conversations; the ids are those of the template's own tokenisation."""
-        encoded = self._encode([one.text for one in rendered])
+    def label(self, rendered: Sequence[Rendered], most: int | None = None) -> list[Labelled | RowFault]:
+        """Ids and labels of many conversations; the ids are those of the template's own tokenisation.
+
+        Args:
+            most: tokens; of a text that is known to have more by its beginning, only that beginning is made (`whole` is False).
+        """
+        if most is None:
+            return self._label(rendered)
+        most += SLACK
+        begun = [one if len(one.text) <= most * PROBE else replace(one, text=one.text[: most * PROBE]) for one in rendered]
+        found = self._label(begun)
+        doubt: list[int] = []
+        for number, (one, begin, made) in enumerate(zip(rendered, begun, found, strict=True)):
+            if one is not begin and isinstance(made, Labelled) and len(made.input_ids) > most:
+                found[number] = replace(made, whole=False)
+            elif one is not begin:
+                doubt.append(number)
+        for number, made in zip(doubt, self._label([rendered[number] for number in doubt]), strict=True):
+            found[number] = made
+        return found
+
+    def _label(self, rendered: Sequence[Rendered]) -> list[Labelled | RowFault]:
+        encoded = encode(self.tokenizer, [one.text[one.trained[0][0] :] if one.raw else one.text for one in rendered])
         found: list[Labelled | RowFault] = []
         for one, (ids, offsets) in zip(rendered, encoded, strict=True):
             try:
                 if one.raw:
-                    ids, offsets = self._raw(one)
+                    ids, offsets = self._raw(one, ids, offsets)
                 elif any(kind == "control_text" for kind, _ in one.notes):
                     ids, offsets = self._plainly(one)
                 found.append(labelled(one.text, ids, offsets, one.trained))
@@ -288,23 +313,9 @@ class Renderer:
         made = [one if isinstance(one, RowFault) else next(found) for one in rendered]
         return [one if isinstance(one, RowFault) else one.input_ids.tolist() for one in made]
 
-    def _encode(self, texts: Sequence[str], plain: bool = False) -> list[tuple[Ints, Ints]]:
-        """Ids and offsets of each text; nothing is added, the template has written the special tokens."""
-        backend = self.tokenizer.backend_tokenizer
-        for ask, clear in ((backend.truncation, backend.no_truncation), (backend.padding, backend.no_padding)):
-            if ask is not None:
-                clear()
-        was = backend.encode_special_tokens
-        backend.encode_special_tokens = plain
-        try:
-            return [arrays(encoding) for encoding in backend.encode_batch(list(texts), add_special_tokens=False)]
-        finally:
-            backend.encode_special_tokens = was
-
-    def _raw(self, one: Rendered) -> tuple[Ints, Ints]:
-        """Tokens of raw text: BOS, and then the text as the tokenizer takes a text that stands alone."""
+    def _raw(self, one: Rendered, ids: Ints, offsets: Ints) -> tuple[Ints, Ints]:
+        """Tokens of raw text: BOS, and then those of the text as the tokenizer takes a text that stands alone."""
         start = one.trained[0][0]
-        ((ids, offsets),) = self._encode([one.text[start:]])
         if start:
             first = np.array([self.tokenizer.bos_token_id], dtype=np.int32)
             ids, offsets = np.concatenate((first, ids)), np.concatenate(([[0, start]], offsets + start)).astype(np.int32)
@@ -322,7 +333,9 @@ class Renderer:
                 letters[found.start() : found.end()] = "x" * len(found[0])
         blotted = "".join(letters)
         own = [found.span() for found in self._control.finditer(blotted)]
-        parts, whole = (labelled(blotted, *made, one.trained) for made in (self._cut(blotted, own), self._encode([blotted])[0]))
+        parts, whole = (
+            labelled(blotted, *made, one.trained) for made in (self._cut(blotted, own), encode(self.tokenizer, [blotted])[0])
+        )
         same = np.array_equal(parts.input_ids, whole.input_ids) and np.array_equal(parts.labels, whole.labels)
         ids, places = self._cut(one.text, own)
         if not same or int(np.isin(ids, self._control_ids).sum()) != len(own):
@@ -332,7 +345,7 @@ class Renderer:
     def _cut(self, text: str, controls: list[Span]) -> tuple[Ints, Ints]:
         edges = [0, *(edge for span in controls for edge in span), len(text)]
         between = list(zip(edges[::2], edges[1::2], strict=True))
-        encoded = self._encode([text[a:b] for a, b in between], plain=True)
+        encoded = encode(self.tokenizer, [text[a:b] for a, b in between], plain=True)
         ids: list[Ints] = []
         offsets: list[Ints] = []
         for number, ((start, _), (part, places)) in enumerate(zip(between, encoded, strict=True)):

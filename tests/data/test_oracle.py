@@ -174,13 +174,13 @@ def padding_masked(patch: pytest.MonkeyPatch) -> None:
 
 
 def bos_doubled(patch: pytest.MonkeyPatch) -> None:
-    true = Renderer._encode
+    true = production.encode
 
-    def change(self: Renderer, texts: Any, plain: bool = False) -> list:
-        first, nothing = np.array([self.tokenizer.bos_token_id], np.int32), np.array([[0, 0]], np.int32)
-        return [(np.concatenate((first, ids)), np.concatenate((nothing, places))) for ids, places in true(self, texts, plain)]
+    def change(tokenizer: Any, texts: Any, plain: bool = False) -> list:
+        first, nothing = np.array([tokenizer.bos_token_id], np.int32), np.array([[0, 0]], np.int32)
+        return [(np.concatenate((first, ids)), np.concatenate((nothing, places))) for ids, places in true(tokenizer, texts, plain)]
 
-    patch.setattr(Renderer, "_encode", change)
+    patch.setattr(production, "encode", change)
 
 
 def by_token_search(patch: pytest.MonkeyPatch) -> None:
