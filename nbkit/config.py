@@ -21,6 +21,7 @@ SCHEMA = 1
 IGNORE_INDEX = -100  # the label of a token that bears no loss
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ROPE_SCALINGS = ("auto", "none")
 FORMATS = ("auto", "alpaca", "sharegpt", "messages", "prompt_completion", "preference", "kto", "text")
 TRAIN_ON = ("replies", "last_reply", "completions", "all")
 TOO_LONG = ("refuse", "drop", "cut", "split")
@@ -49,10 +50,12 @@ class ModelConfig:
     load_in_4bit: bool = False
     dtype: str = "auto"  # auto: bfloat16 from capability 8.0, float16 on older GPUs, float32 on CPU
     max_seq_length: int = 2048
+    rope_scaling: str = "auto"  # rows beyond the model's positions: stretch its rope to max_seq_length, or "none": refuse
 
     def __post_init__(self) -> None:
         _require(bool(self.name.strip()), "The model name is empty; give a hub id, a local folder or smollm2-135m-instruct.")
         _choice(self.dtype, DTYPES, "dtype")
+        _choice(self.rope_scaling, ROPE_SCALINGS, "rope_scaling")
         _require(self.max_seq_length >= 8, f"max_seq_length is {self.max_seq_length}; it must be at least 8 tokens.")
 
 

@@ -11,16 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbkit.config import (
-    ALL_LINEAR,
-    DataConfig,
-    DataRecipe,
-    ExportConfig,
-    LoraConfig,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-)
+from nbkit.config import ALL_LINEAR, DataConfig, DataRecipe, ExportConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from nbkit.errors import ConfigError, DataError, ExportError, ModelError, TrainingError
 from nbkit.evaluation import Answer, Evaluation
 from nbkit.workspace import cache_folder, default_workspace, keep_rows, new_run_dir
@@ -112,19 +103,28 @@ class Session:
         revision: str | None = None,
         token: str | None = None,
         progress: bool = True,
+        rope_scaling: str = "auto",
     ) -> LoadedModel:
         """Load a checkpoint: `smollm2-135m-instruct`, any hub id, or a local folder.
 
         Args:
             dtype: "auto" is bfloat16 on GPUs of capability 8.0 or more, float16 below, float32 on CPU.
-            max_seq_length: longest training row, in tokens.
+            max_seq_length: longest training row, in tokens. Beyond the model's positions its rope is stretched to it.
+            rope_scaling: "none" refuses such rows instead.
             token: for gated checkpoints; it is passed on to the hub and stored nowhere.
         Raises: ModelError.
         """
         from nbkit.models.load import load
 
         self._require_quiet("load another model")
-        config = ModelConfig(name=name, revision=revision, load_in_4bit=load_in_4bit, dtype=dtype, max_seq_length=max_seq_length)
+        config = ModelConfig(
+            name=name,
+            revision=revision,
+            load_in_4bit=load_in_4bit,
+            dtype=dtype,
+            max_seq_length=max_seq_length,
+            rope_scaling=rope_scaling,
+        )
         self.unload()
         self.loaded = load(config, token=token, progress=progress)
         self.model, self.tokenizer, self._model_config = self.loaded.model, self.loaded.tokenizer, config
@@ -292,7 +292,8 @@ class Session:
         Raises: DataError if the rows are no longer those of the config's fingerprint.
         """
         model, lora, data = config.model, config.lora, config.data
-        self.load(model.name, model.load_in_4bit, model.dtype, model.max_seq_length, model.revision, token)
+        rope = model.rope_scaling
+        self.load(model.name, model.load_in_4bit, model.dtype, model.max_seq_length, model.revision, token, rope_scaling=rope)
         self.add_lora(lora.rank, lora.alpha, lora.dropout, lora.targets, lora.bias, lora.use_rslora, lora.seed)
         report = self.use_data(data.source, data.recipe, data.held_out, data.seed)
         if data.fingerprint not in (None, report.fingerprint):

@@ -56,7 +56,7 @@ def tiny_config(family: str = "llama", **overrides: Any) -> Any:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "vocab_size": VOCAB,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 2048,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 2,

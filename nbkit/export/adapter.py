@@ -12,8 +12,10 @@ from nbkit.errors import ExportError
 from nbkit.export.report import ExportReport, size_text
 from nbkit.export.target import Target, bytes_under, write_mark
 from nbkit.export.weights import LiveWeights
+from nbkit.models.positions import save_beside
 
 KIND = "adapter"
+STRETCHED = "; the rope of its base was stretched: load the base with the config.json beside the adapter"
 WEIGHTS = "adapter_model.safetensors"
 SMALL_FILES = 32_000_000  # room for a tokenizer, a config and a card
 
@@ -46,8 +48,9 @@ def export_adapter(
         # "auto" would ask the hub for the base model's config, to see whether the vocabulary has grown.
         model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
         tokenizer.save_pretrained(folder)
+        stretched = save_beside(model, folder)
         _compare(folder / WEIGHTS, live)
-        verdict = f"read back: {len(live)} tensors, all bit-equal"
+        verdict = f"read back: {len(live)} tensors, all bit-equal" + STRETCHED * stretched
         check: dict[str, float | int | str] = {"tensors": len(live), "max_difference": 0.0}
         write_mark(folder, KIND, {"check": check})
     return ExportReport(

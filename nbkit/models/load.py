@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from nbkit.families import Family, find
 from nbkit.hardware.shapes import ModelShape, shape_of
 from nbkit.models.adapters import count_parameters
 from nbkit.models.files import read_json, size_text
+from nbkit.models.positions import mark, stretch
 from nbkit.models.quiet import quiet_libraries
 from nbkit.models.resolve import resolve, suggest
 
@@ -57,15 +58,22 @@ def load(config: ModelConfig, *, token: str | None = None, progress: bool = True
     _require_memory(config, shape, device, dtype, quantized=bool(quantization or facts.get("quantization_config")))
     with _bars(progress), quiet_libraries():
         tokenizer = _tokenizer(found.folder, config.name)
-        model = _model(found.folder, config.name, device, dtype, quantization)
+        native = _config(found.folder, config.name)
+        stretched = stretch(native, config.max_seq_length, family, config.name, config.rope_scaling)
+        model = _model(found.folder, config.name, device, dtype, quantization, native)
     _settle_4bit(model, dtype)
     _set_pad(tokenizer, model)
+    if stretched and family:
+        mark(model, stretched)
+        shape = replace(shape, context=config.max_seq_length)
+        tokenizer.model_max_length = max(tokenizer.model_max_length, config.max_seq_length)
     model.eval()
     held = "4-bit NF4" if getattr(model, "is_loaded_in_4bit", False) else str(dtype).removeprefix("torch.")
     count = count_parameters(model)[1]
     message = f"{found.message} {count:,} parameters in {held} on {'the GPU' if device == 'cuda' else 'the CPU'}."
     if family is None:
         message += f" Model type {shape.model_type!r} is not among nbkit's families, so it runs on transformers' own code."
+    message += f" {stretched}" if stretched else ""
     if progress:
         print(message)
     return LoadedModel(model, tokenizer, config.name, found.folder, found.source, message, family, shape)
@@ -96,13 +104,17 @@ def _require_native(facts: dict[str, Any], name: str) -> None:
 
 def _usual_names(folder: Path, name: str) -> dict[str, Any]:
     """The config with the usual names of sizes, where a model type has its own (n_embd for hidden_size)."""
+    config = _config(folder, name)
+    return {**config.to_dict(), **{key: getattr(config, key) for key in config.attribute_map if hasattr(config, key)}}
+
+
+def _config(folder: Path, name: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"The config of {name} in {folder} cannot be read: {_first_line(error)}") from error
-    return {**config.to_dict(), **{key: getattr(config, key) for key in config.attribute_map if hasattr(config, key)}}
 
 
 def _first_line(error: Exception) -> str:
@@ -162,13 +174,14 @@ def _require_memory(config: ModelConfig, shape: ModelShape, device: str, dtype: 
         )
 
 
-def _model(folder: Path, name: str, device: str, dtype: Any, quantization: Any | None) -> Any:
+def _model(folder: Path, name: str, device: str, dtype: Any, quantization: Any | None, config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     options = {"quantization_config": quantization} if quantization is not None else {}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             device_map={"": device},
             local_files_only=True,

@@ -60,5 +60,5 @@ def longer_than_positions(tokens: int, config: Any) -> str | None:
         return None
     return (
         f"Rows of {tokens:,} tokens are longer than the {most:,} positions of this model, which has learned nothing of what lies "
-        "beyond; cut the rows, or set rope_parameters in its config to a kind that reaches further."
+        "beyond; cut the rows, load it through nbkit with that max_seq_length, or set rope_parameters in its config."
     )

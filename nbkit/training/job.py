@@ -140,6 +140,7 @@ class Job:
 
     def _save_adapter(self, step: int) -> str:
         """Writes `<run folder>/adapter` whole, in place of an older one."""
+        from nbkit.models.positions import save_beside
         from nbkit.training.keep import require_finite
 
         require_finite(self._model, step)
@@ -149,6 +150,7 @@ class Job:
         staging = self._folder / f".{ADAPTER_NAME}.{uuid.uuid4().hex[:8]}.tmp"
         try:
             self._model.save_pretrained(staging, save_embedding_layers=False)
+            save_beside(self._model, staging)
             checkpoints.replace_folder(staging, target)
         except BaseException:
             checkpoints.remove(staging)

@@ -139,7 +139,7 @@ def test_settings_out_of_range_are_refused_at_once(options):
 
 
 def test_a_prompt_beyond_the_context_is_refused_and_a_reply_ends_with_it():
-    model, tokenizer = adapted(), tiny_tokenizer()
+    model, tokenizer = adapted(max_position_embeddings=512), tiny_tokenizer()
     with pytest.raises(DataError, match="context is 512"):
         stream(model, tokenizer, "x " * 600)
     long = "x " * 240

@@ -84,7 +84,7 @@ def test_the_header_says_what_the_config_says(tmp_path):
         "general.architecture": "llama",
         "general.name": "My-Base-tuned",
         "llama.vocab_size": 320,
-        "llama.context_length": 512,
+        "llama.context_length": 2048,
         "llama.embedding_length": 32,
         "llama.feed_forward_length": 64,
         "llama.block_count": 2,

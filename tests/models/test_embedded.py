@@ -33,7 +33,7 @@ def write_gguf(path):
     model = tiny_model("llama", rope_parameters=config.rope_parameters, tie_word_embeddings=True)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
-    writer.add_context_length(512)
+    writer.add_context_length(2048)
     writer.add_embedding_length(32)
     writer.add_block_count(2)
     writer.add_feed_forward_length(64)
