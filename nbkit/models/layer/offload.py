@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import sys
 import warnings
 import weakref
 
@@ -39,7 +40,7 @@ class _Slab:
                 )
 
     def __del__(self) -> None:
-        if getattr(self, "pinned", False):
+        if getattr(self, "pinned", False) and not sys.is_finalizing():  # at the end of the process the driver does it
             torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr())
 
 
