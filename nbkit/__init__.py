@@ -35,6 +35,8 @@ _WHERE = {
     "find_overflow": "nbkit.models.overflow",
     "doctor": "nbkit.hardware.doctor",
     "inspect": "nbkit.inspection",
+    "get_chat_template": "nbkit.chat_templates",
+    "train_on_responses_only": "nbkit.chat_templates",
     "standardize_sharegpt": "nbkit.data.reshape",
     "to_sharegpt": "nbkit.data.reshape",
     "studio": "nbkit.widgets.studio",

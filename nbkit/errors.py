@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class NbkitError(Exception):
@@ -30,9 +31,11 @@ class DataError(NbkitError):
     """A data source or its rows cannot be trained on.
 
     `columns`: those that were seen, where it is not clear which holds what; panels offer them.
+    `repairs`: as `DataReport.repairs`, where no row is left; panels offer them too.
     """
 
     columns: tuple[str, ...] = ()
+    repairs: tuple[Any, ...] = ()
 
 
 class TrainingError(NbkitError):

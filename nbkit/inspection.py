@@ -12,6 +12,7 @@ from typing import Any
 
 from nbkit.config import DataConfig, DataRecipe, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from nbkit.data.inspection import Batch, Batches, InspectedSet, Inspection
+from nbkit.data.wanted import wanted
 from nbkit.errors import DataError
 
 KINDS = "a Session, the DataReport of Session.use_data, a TRL or transformers trainer, or (rows, tokenizer)"
@@ -64,6 +65,8 @@ def _set_of(data: Any, train: TrainConfig, max_seq_length: int | None) -> Inspec
 
 
 def _of_report(report: Any, train: TrainConfig) -> InspectedSet:
+    if getattr(report.examples, "liked", None) is not None:  # of KTO, what sft trains; of pairs both replies are shown
+        report = wanted(report)
     rows = [int(row) for row in report.row_numbers]
     tokenizer = report.tokenizer
 

@@ -16,6 +16,7 @@ from nbkit.data.findings import DROPPED, REFUSED, USED, Finding, grouped
 from nbkit.data.fitting import Piece
 from nbkit.data.mapping import Mapping, Outcome, Reread
 from nbkit.data.progress import bar
+from nbkit.data.repairs import offers
 from nbkit.data.sources import Source
 from nbkit.data.store import Examples, RaggedBuilder
 from nbkit.errors import DataError
@@ -83,7 +84,9 @@ def collect(source: Source, mapping: Mapping, part: str, folder: Path | None) ->
             if gathered.rows_in % 512 == 0:
                 shown.set_postfix_str(f"{gathered.tokens.tokens / 1e6:.1f}M tokens", refresh=False)
     if not gathered.digests:
-        raise DataError(_nothing_left(source, gathered))
+        error = DataError(_nothing_left(source, gathered))
+        error.repairs = tuple(repair for repair in offers(mapping.recipe, gathered.findings) if repair.setting[1] != "drop")
+        raise error
     return _without_duplicates(gathered.finish(Reread(source, mapping)), mapping.recipe.duplicates, part)
 
 
@@ -114,7 +117,9 @@ class _Gathered:
             way = self.recipe.too_long if outcome.fault.kind == "too_long" else self.recipe.faulty
             left_out = DROPPED if way == "drop" else REFUSED
             self.left_out[left_out] += 1
-            self.findings.append(Finding(number, outcome.fault.kind, outcome.fault.sentence, left_out, self.part))
+            self.findings.append(
+                Finding(number, outcome.fault.kind, outcome.fault.sentence, left_out, self.part, outcome.fault.guess)
+            )
             return
         self.findings += [Finding(number, kind, sentence, USED, self.part) for kind, sentence in outcome.notes]
         digest = hashlib.blake2b(repr(outcome.liked).encode(), digest_size=8)
@@ -181,9 +186,10 @@ def _nothing_left(source: Source, gathered: _Gathered) -> str:
     others = f" (and {len(findings) - 1:,} more: {kinds})" if len(findings) > 1 else ""
     count = "The one row" if gathered.rows_in == 1 else f"None of the {gathered.rows_in:,} rows"
     verb = "cannot" if gathered.rows_in == 1 else "can"
+    mend = first.mending or "mend the rows, or name the right columns in a DataRecipe"
     return (
         f"{count} of {source.name} {verb} be trained on, so training would learn nothing. "
-        f"Row {first.row}: {first.sentence}{others}. Mend the rows, or name the right columns in a DataRecipe."
+        f"Row {first.row}: {first.sentence}{others}. {mend[:1].upper()}{mend[1:]}."
     )
 
 

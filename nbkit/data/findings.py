@@ -53,6 +53,7 @@ REASONS = {
     "no_stop": "no stop token follows the reply",
     "overlap": "the row is among the training rows too",
     "duplicate": "the row equals an earlier one",
+    "unwanted": "the label is false, and the method sft trains wanted replies alone",
     "cut": "too long, so the end is cut off",
     "split": "too long, so the row is split",
 }
@@ -108,6 +109,7 @@ class RowFault(Exception):
     def __init__(self, kind: str, sentence: str) -> None:
         super().__init__(sentence)
         self.kind, self.sentence = kind, sentence
+        self.guess = ""  # see `Finding`
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class Finding:
         sentence: what is wrong in this very row.
         outcome: "refused" or "dropped" (the row is not trained on), or "used" (it is; this is a warning).
         part: "train" or "held_out".
+        guess: of an unknown role, who speaks, where that is certain: "alien=user".
     """
 
     row: int
@@ -127,6 +130,7 @@ class Finding:
     sentence: str
     outcome: str = REFUSED
     part: str = "train"
+    guess: str = ""
 
     @property
     def reason(self) -> str:
@@ -136,6 +140,13 @@ class Finding:
     def repair(self) -> str:
         """What can be done about it, as an edit or a setting; '' where nothing has to be."""
         return REPAIRS.get(self.kind, "")
+
+    @property
+    def mending(self) -> str:
+        """The repair but for leaving the row out; '' where there is no other."""
+        if self.kind == "too_long":
+            return "raise max_seq_length, or choose DataRecipe(too_long='cut') or 'split'"
+        return "" if self.repair == _DROP else self.repair.removesuffix(f", or {_DROP}")
 
     def __str__(self) -> str:
         where = "Held-out row" if self.part == "held_out" else "Row"

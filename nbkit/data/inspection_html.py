@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from importlib.resources import files
+from importlib.util import find_spec
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -91,7 +92,9 @@ def histograms(shown: Inspection) -> Markup:
     """Tokens of the rows, and how much of each is trained."""
     pair = (lengths_of(shown.lengths, shown.set.max_length), shares_of(shown.trained, shown.lengths))
     figures = [tag("div", None, tag("b", None, bars.title), drawing(bars)) for bars in pair]
-    return _box(tag("div", {"class": "nbt-figures"}, *figures))
+    more = find_spec("plotly") is not None  # asked for, not imported
+    hint = paragraph("nbt-hint", tag("code", None, "nbkit.inspect(session).figure()"), " gives these to zoom and to save.")
+    return _box(tag("div", {"class": "nbt-figures"}, *figures), hint if more else "")
 
 
 # -- tokens ----------------------------------------------------------------------------------------

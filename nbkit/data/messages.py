@@ -93,7 +93,29 @@ def turns_of(value: Any, column: str, recipe: DataRecipe) -> tuple[list[Message]
     weightless = [n for n, turn in enumerate(turns, 1) if isinstance(turn, Mapping) and _no_weight(turn.get("weight"))]
     if weightless:
         notes.append(("weight", f"turn {weightless[0]} has the weight 0, which is not heeded: all replies are trained alike"))
-    return [turn_of(turn, number, roles) for number, turn in enumerate(turns, 1)], notes
+    try:
+        return [turn_of(turn, number, roles) for number, turn in enumerate(turns, 1)], notes
+    except RowFault as fault:
+        fault.guess = _guess(turns, roles) if fault.kind == "unknown_role" else ""
+        raise
+
+
+def _guess(turns: Sequence[Any], roles: Mapping[str, str]) -> str:
+    """Who the unknown speaker must be, "alien=user": there is one, who takes turns with the only other; the user begins."""
+    told = [turn for turn in turns if isinstance(turn, Mapping)]
+    said = [next((turn[key] for key in SPEAKER_KEYS if turn.get(key) is not None), None) for turn in told]
+    if len(said) != len(turns) or not all(isinstance(name, str) and name.strip() and not set(name) & set("=,") for name in said):
+        return ""
+    names = [name.strip().casefold() for name in said]
+    known = [roles.get(name) or SPEAKER_OF.get(name) or name for name in names]
+    talk = [role for role in known if role not in ("system", "tool")]
+    strange = set(talk) - {"user", "assistant"}
+    missing = {"user", "assistant"} - set(talk)
+    alternate = all(one != other for one, other in zip(talk, talk[1:], strict=False))
+    if len(strange) != 1 or len(missing) != 1 or not alternate:
+        return ""
+    (name,), (role,) = strange, missing
+    return f"{name}={role}" if (talk[0] == name) == (role == "user") else ""
 
 
 def _no_weight(weight: Any) -> bool:

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from typing import Any
 
 INTERVAL = 0.1  # seconds between two calls of a listener
+FETCHING = "Fetching"  # a file from the web, counted in bytes
 Listener = Callable[[str, int, int | None], None]  # (what is done, rows done, rows in all or None)
 
 _LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
@@ -26,7 +27,10 @@ def told_to(listener: Listener | None) -> Iterator[None]:
 
 @contextmanager
 def bar(total: int | None, what: str) -> Iterator[Any]:
-    """Something with `update(n)` and `set_postfix_str(text)`, as a tqdm bar has. `total` is None where it is not known."""
+    """Something with `update(n)` and `set_postfix_str(text)`, as a tqdm bar has. `total` is None where it is not known.
+
+    What is counted are rows, or bytes where `what` is `FETCHING`.
+    """
     listener = _LISTENER.get()
     if listener is not None:
         told = _Told(listener, total, what)
@@ -35,7 +39,8 @@ def bar(total: int | None, what: str) -> Iterator[Any]:
         return
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, desc=what, unit=" rows", delay=1, leave=False) as drawn:
+    unit: dict[str, Any] = {"unit": "B", "unit_scale": True} if what == FETCHING else {"unit": " rows"}
+    with tqdm(total=total, desc=what, delay=1, leave=False, **unit) as drawn:
         yield drawn
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nbkit.config import DataRecipe
-from nbkit.data.findings import DROPPED, REFUSED, Finding, rows_text
+from nbkit.data.findings import DROPPED, REFUSED, Finding, rows_text, shorten
 
 # kind of fault -> settings of the recipe that repair it: (name, value, what it does, with the rows filled in)
 SETTINGS: dict[str, tuple[tuple[str, str, str], ...]] = {
@@ -35,6 +35,7 @@ class Repair:
 
 def offers(recipe: DataRecipe, findings: Iterable[Finding]) -> list[Repair]:
     """What can be done about the rows that are refused or told of, and is not done yet."""
+    findings = list(findings)
     asked: dict[tuple[str, str, str, str], set[int]] = {}
     for finding in findings:
         settings: Sequence[tuple[str, str, str]] = SETTINGS.get(finding.kind, ())
@@ -43,6 +44,26 @@ def offers(recipe: DataRecipe, findings: Iterable[Finding]) -> list[Repair]:
         for name, value, sentence in settings if finding.outcome != DROPPED else ():
             if getattr(recipe, name) != value:
                 asked.setdefault((name, value, sentence, finding.part), set()).add(finding.row)
+    return [*_named(recipe, findings), *_changed(recipe, asked)]
+
+
+def _named(recipe: DataRecipe, findings: Iterable[Finding]) -> list[Repair]:
+    """Unknown speakers of whom it is certain who they are; ("roles", "guess") stands for the line of the recipe."""
+    certain = [finding for finding in findings if finding.guess and finding.outcome == REFUSED]
+    who: dict[str, set[str]] = {}
+    for finding in certain:
+        name, _, role = finding.guess.partition("=")
+        who.setdefault(name, set()).add(role)
+    found = {name: min(roles) for name, roles in who.items() if len(roles) == 1 and name not in recipe.roles}
+    rows = sorted({finding.row for finding in certain if finding.guess.partition("=")[0] in found})
+    if not found:
+        return []
+    said = ", ".join(f"{shorten(name)} for the {role}" for name, role in found.items())
+    changed = dataclasses.replace(recipe, roles={**recipe.roles, **found})
+    return [Repair(f"Take {said} in {rows_text(rows)} (roles={found!r}).", ("roles", "guess"), changed, tuple(rows))]
+
+
+def _changed(recipe: DataRecipe, asked: dict[tuple[str, str, str, str], set[int]]) -> list[Repair]:
     return [
         Repair(
             sentence=f"{sentence.format(rows=_where(part, sorted(rows)))} ({name}={value!r}).",

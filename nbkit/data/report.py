@@ -10,6 +10,7 @@ from nbkit.config import DataRecipe
 from nbkit.data.findings import DROPPED, REASONS, REFUSED, USED, Finding, grouped, rows_text
 from nbkit.data.formats import Message
 from nbkit.data.repairs import Repair, offers
+from nbkit.data.wanted import told
 from nbkit.errors import DataError
 
 if TYPE_CHECKING:
@@ -151,6 +152,8 @@ class DataReport:
             lines.append(f"rows that were split make {self.pieces:,} examples of {self.used:,} rows")
         if self.held_out_examples:
             lines.append(f"{len(self.held_out_examples):,} rows are held out")
+        if said := told(self.examples):
+            lines.append(said)
         for part, outcome, reason, numbers in grouped(self.findings):
             if part == "held_out" or outcome == USED:
                 where = "held-out " if part == "held_out" else ""

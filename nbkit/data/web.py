@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 
 from nbkit.data.archives import PACKED
+from nbkit.data.progress import FETCHING, bar
 from nbkit.errors import DataError
 
 SIZE_LIMIT = 2**32  # bytes
@@ -215,14 +216,12 @@ def _known(name: str, suffixes: tuple[str, ...]) -> str | None:
 
 
 def _download(response: http.client.HTTPResponse, path: Path, shown: str) -> None:
-    from tqdm.auto import tqdm
-
     if response.headers.get("Content-Encoding", "").lower() == "gzip":
         raise DataError(f"{shown} comes packed though it was asked for plain; download it and give its path.")
     expected = response.headers.get("Content-Length", "")
     total = int(expected) if expected.isdigit() else None
     began, size = time.monotonic(), 0
-    with open(path, "wb") as file, tqdm(total=total, desc="Fetching", unit="B", unit_scale=True, delay=1, leave=False) as bar:
+    with open(path, "wb") as file, bar(total, FETCHING) as shown:
         while data := response.read1(CHUNK):
             size += len(data)
             if size > NET.size_limit:
@@ -230,7 +229,7 @@ def _download(response: http.client.HTTPResponse, path: Path, shown: str) -> Non
                     f"{shown} has more than {NET.size_limit:,} bytes, which are the most; download it and give its path."
                 )
             file.write(data)
-            bar.update(len(data))
+            shown.update(len(data))
             seconds = time.monotonic() - began
             if seconds > 60 and size < SLOWEST * seconds:
                 raise DataError(f"{shown} comes too slowly ({size:,} bytes in {seconds:.0f} s); download it and give its path.")

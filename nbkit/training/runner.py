@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbkit.config import IGNORE_INDEX, RunConfig
+from nbkit.data.wanted import told, wanted
 from nbkit.errors import TrainingError
 from nbkit.events import Event, EventLog, MessageEvent, RunFailed, RunFinished
 from nbkit.training import checkpoints, faults, methods, supervisor
@@ -38,7 +39,8 @@ class Run:
     """
 
     def __init__(self, config: RunConfig, model: Any, tokenizer: Any, data: DataReport, *, resume: bool = False) -> None:
-        _require_trainable(model, data)
+        left_out, data = told(data.examples), wanted(data)
+        _require_trainable(model, data, left_out)
         methods.check(config.train)
         _require_room(config, model)
         self.config = config
@@ -60,6 +62,8 @@ class Run:
         except BaseException:
             self._folder.release()
             raise
+        if left_out:
+            self._emit(MessageEvent(text=f"{left_out[0].upper()}{left_out[1:]}."))
         for text in passed_over:
             self._emit(MessageEvent(text=text, level="warning"))
         if resume and checkpoint is None:
@@ -164,8 +168,10 @@ class Run:
             shown.add_note(f"events.jsonl could not take the last line: {unwritten}")
 
 
-def _require_trainable(model: Any, data: DataReport) -> None:
+def _require_trainable(model: Any, data: DataReport, left_out: str) -> None:
     if len(data.examples) == 0:
+        if left_out:
+            raise TrainingError(f"There is nothing to train on: {left_out}; give rows with a true label.")
         raise TrainingError(f"None of the {data.rows_in} rows can be trained on; the data report says why for each.")
     # The label at position 0 has nothing before it to be predicted from.
     if not any(label != IGNORE_INDEX for example in data.examples for label in example["labels"][1:]):

@@ -65,6 +65,7 @@ REPAIRS = {
     ("duplicates", "drop"): "Drop duplicates",
     ("same_role", "join"): "Join turns",
     ("first_reply", "skip"): "Skip first replies",
+    ("roles", "guess"): "Name the role",
 }
 DATA = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 KAGGLE = Path("/kaggle/input")

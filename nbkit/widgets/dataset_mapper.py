@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import ipywidgets as widgets
 
 from nbkit.config import DataRecipe
+from nbkit.data.progress import FETCHING
 from nbkit.errors import DataError
 from nbkit.widgets import _code, _fields, _html, _mapping
 from nbkit.widgets._panel import Panel
@@ -33,7 +34,7 @@ class DatasetMapper(Panel):
     """Name a source, see its format, mend its faults, and see which tokens of each row are trained.
 
     Buttons: `read`, `stop`, and the repairs that are offered, by the line of the recipe that each writes: `faulty_drop`,
-    `too_long_drop`, `too_long_cut`, `too_long_split`, `duplicates_drop`, `same_role_join`, `first_reply_skip`.
+    `too_long_drop`, `too_long_cut`, `too_long_split`, `duplicates_drop`, `same_role_join`, `first_reply_skip`, `roles_guess`.
     Settings: source, held_out and those of `DataRecipe`. The rows themselves are shown by its `inspector`.
 
     Reading goes on in the background: after `click("read")` in a cell, `await panel.finished()`.
@@ -51,6 +52,7 @@ class DatasetMapper(Panel):
         self._asked: DataRecipe | None = None  # what is being read with
         self._guessed: dict[str, Any] = {}  # format and columns, where they were found and not told
         self._offers: dict[str, tuple[str, DataRecipe]] = {}
+        self._refused: tuple[Any, ...] = ()  # the repairs of rows none of which could be used
         usual, rare = self._settings()
         self._more = widgets.ToggleButton(value=False, description="More settings", tooltip="Show the settings used less often")
         self._more.add_class("nbk-toggle")
@@ -143,7 +145,7 @@ class DatasetMapper(Panel):
 
     async def _reading(self, source: str, recipe: DataRecipe, held_out: Any) -> None:
         """Read on another thread, so that the kernel goes on answering, and show how far it is ten times a second."""
-        self._halt, told = False, {}
+        self._halt, self._refused, told = False, (), {}
         try:
             with self.busy(f"Reading {_html.plain(source, 200)} …"):
                 self._buttons["stop"].disabled, self._buttons["stop"].layout.display = False, ""
@@ -155,6 +157,7 @@ class DatasetMapper(Panel):
             rest = f"; {left_out:,} are left out, see below" if left_out else ""
             self.message(f"{report.used:,} of {report.rows_in:,} rows are ready to train on{rest}.", "done")
         except DataError as error:
+            self._refused = error.repairs
             if error.columns:
                 self._columns.offer(list(error.columns))
             raise
@@ -206,9 +209,10 @@ class DatasetMapper(Panel):
         self.inspector.box.layout.display = "none"  # what it would render, the reading thread's tokenizer is busy with
         done, total = told["done"], told["total"]
         seconds = time.monotonic() - told["began"]
-        said = f"{told['what']}: {done:,}" + (f" of {total:,} rows" if total else " rows")
+        scale, unit, digits = (1e6, "MB", ".1f") if told["what"] == FETCHING else (1, "rows", ",.0f")
+        said = f"{told['what']}: {done / scale:{digits}}" + (f" of {total / scale:{digits}} {unit}" if total else f" {unit}")
         if seconds > SETTLED:
-            said += f" · {done / seconds:,.0f} rows/s"
+            said += f" · {done / scale / seconds:{digits}} {unit}/s"
             said += f" · {_html.duration(max(total - done, 0) * seconds / done)} left" if total else ""
         share = 100 * min(done / total, 1) if total else 100
         meter = {"class": "nbk-bar", "role": "progressbar", "aria-label": "Reading progress", "aria-valuemin": 0}
@@ -252,7 +256,7 @@ class DatasetMapper(Panel):
     def _show(self) -> None:
         report = self.session.data
         self._columns.show(self._fields["format"].read())
-        self._offers = {} if report is None else offers(report)
+        self._offers = offers(self._refused or (() if report is None else report.repairs))
         self._enable({"stop": False} | {name: name in self._offers for name in self._sentences})
         self._offered.layout.display = "" if self._offers else "none"
         for name, row in zip(self._sentences, self._repairs.children, strict=True):
@@ -286,10 +290,10 @@ class _StopReading(Exception):
     """Raised into the reading thread by its progress."""
 
 
-def offers(report: Any) -> dict[str, tuple[str, DataRecipe]]:
+def offers(repairs: Iterable[Any]) -> dict[str, tuple[str, DataRecipe]]:
     """Button → (sentence, the recipe it would read again with)."""
     known = {f"{name}_{value}" for name, value in _mapping.REPAIRS}
-    found = {"_".join(repair.setting): (repair.sentence, repair.recipe) for repair in report.repairs}
+    found = {"_".join(repair.setting): (repair.sentence, repair.recipe) for repair in repairs}
     return {name: offer for name, offer in found.items() if name in known}
 
 

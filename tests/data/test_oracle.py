@@ -178,7 +178,8 @@ def bos_doubled(patch: pytest.MonkeyPatch) -> None:
 
     def change(tokenizer: Any, texts: Any, plain: bool = False) -> list:
         first, nothing = np.array([tokenizer.bos_token_id], np.int32), np.array([[0, 0]], np.int32)
-        return [(np.concatenate((first, ids)), np.concatenate((nothing, places))) for ids, places in true(tokenizer, texts, plain)]
+        made = true(tokenizer, texts, plain)
+        return [(np.concatenate((first, ids)), np.concatenate((nothing, places))) for ids, places in made]
 
     patch.setattr(production, "encode", change)
 
