@@ -93,7 +93,7 @@ def histograms(shown: Inspection) -> Markup:
     pair = (lengths_of(shown.lengths, shown.set.max_length), shares_of(shown.trained, shown.lengths))
     figures = [tag("div", None, tag("b", None, bars.title), drawing(bars)) for bars in pair]
     more = find_spec("plotly") is not None  # asked for, not imported
-    hint = paragraph("nbt-hint", tag("code", None, "nbkit.inspect(session).figure()"), " gives these to zoom and to save.")
+    hint = paragraph("nbt-hint", tag("b", None, "nbkit.inspect(session).figure()"), " gives these to zoom and to save.")
     return _box(tag("div", {"class": "nbt-figures"}, *figures), hint if more else "")
 
 

@@ -106,7 +106,7 @@ def _guess(turns: Sequence[Any], roles: Mapping[str, str]) -> str:
     said = [next((turn[key] for key in SPEAKER_KEYS if turn.get(key) is not None), None) for turn in told]
     if len(said) != len(turns) or not all(isinstance(name, str) and name.strip() and not set(name) & set("=,") for name in said):
         return ""
-    names = [name.strip().casefold() for name in said]
+    names = [str(name).strip().casefold() for name in said]
     known = [roles.get(name) or SPEAKER_OF.get(name) or name for name in names]
     talk = [role for role in known if role not in ("system", "tool")]
     strange = set(talk) - {"user", "assistant"}

@@ -221,7 +221,7 @@ def _download(response: http.client.HTTPResponse, path: Path, shown: str) -> Non
     expected = response.headers.get("Content-Length", "")
     total = int(expected) if expected.isdigit() else None
     began, size = time.monotonic(), 0
-    with open(path, "wb") as file, bar(total, FETCHING) as shown:
+    with open(path, "wb") as file, bar(total, FETCHING) as fetched:
         while data := response.read1(CHUNK):
             size += len(data)
             if size > NET.size_limit:
@@ -229,7 +229,7 @@ def _download(response: http.client.HTTPResponse, path: Path, shown: str) -> Non
                     f"{shown} has more than {NET.size_limit:,} bytes, which are the most; download it and give its path."
                 )
             file.write(data)
-            shown.update(len(data))
+            fetched.update(len(data))
             seconds = time.monotonic() - began
             if seconds > 60 and size < SLOWEST * seconds:
                 raise DataError(f"{shown} comes too slowly ({size:,} bytes in {seconds:.0f} s); download it and give its path.")

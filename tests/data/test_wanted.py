@@ -95,9 +95,8 @@ def test_an_unknown_role_is_guessed_where_it_is_certain() -> None:
 
 
 class _Answer:
-    headers = {"Content-Length": "3000000"}
-
     def __init__(self) -> None:
+        self.headers = {"Content-Length": "3000000"}
         self.left = 3_000_000
 
     def read1(self, size: int) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 import nbkit
 from nbkit.config import ALL_LINEAR, FORMATS, TOO_LONG, TRAIN_ON, DataRecipe, TrainConfig
+from nbkit.data.repairs import Repair
 from nbkit.errors import ConfigError, DataError, ModelError, TrainingError
 from nbkit.widgets import _mapping
 from nbkit.widgets._mapping import ROLES
@@ -375,6 +377,32 @@ def test_columns_that_were_seen_are_offered_where_the_format_is_not_known(loaded
         panel.click("read")
     panel.set(format="prompt_completion")
     assert panel._columns.boxes["completion"].options == ("question", "answer")
+
+
+def test_repairs_are_offered_where_no_row_could_be_used(loaded: FakeSession) -> None:
+    true, changed = loaded.read_data, DataRecipe(roles={"alien": "user"})
+
+    def read_data(*_: Any, **__: Any) -> Any:
+        error = DataError("None of the 2 rows of rows.jsonl can be trained on.")
+        error.repairs = (Repair("Take 'alien' for the user in rows 1, 2.", ("roles", "guess"), changed, (1, 2)),)
+        raise error
+
+    loaded.read_data = read_data  # type: ignore[method-assign]
+    panel = DatasetMapper(loaded)
+    with pytest.raises(DataError, match="None of the 2 rows"):
+        panel.click("read")
+    shown = [row for row in panel._repairs.children if row.layout.display != "none"]
+    assert len(shown) == 1 and "Take 'alien' for the user" in inert(shown[0].children[1].value).text
+    loaded.read_data = true  # type: ignore[method-assign]
+    panel.click("roles_guess")
+    assert loaded.calls[-1][2]["recipe"] == changed and "roles_guess" not in panel._offers
+
+
+def test_a_download_is_told_in_megabytes(loaded: FakeSession) -> None:
+    panel = DatasetMapper(loaded)
+    panel._show_progress({"what": "Fetching", "done": 1_500_000, "total": 3_000_000, "began": time.monotonic() - 1})
+    said = inert(panel._progress.value).text
+    assert "Fetching: 1.5 of 3.0 MB" in said and "MB/s" in said and "rows" not in said
 
 
 def test_the_mapper_shows_what_code_has_read(ready: FakeSession) -> None:
