@@ -358,3 +358,25 @@ def test_messages_reach_the_text_progress(tmp_path: Path, capsys: pytest.Capture
     assert "4/4" in shown and "held-out loss" in shown and "transformers' own checkpointing" in shown
     assert any(isinstance(event, MessageEvent) for event in run.events)
     assert isinstance(run.events[-1], RunFinished)
+
+
+def test_rows_of_kto_that_are_not_wanted_are_not_trained_by_sft_and_the_run_says_so(tmp_path: Path) -> None:
+    from nbkit.config import DataRecipe
+    from nbkit.data.pipeline import prepare
+    from nbkit.training.job import facts
+
+    tokenizer = tiny_tokenizer()
+    rows = [{"prompt": f"q{n}", "completion": f"a{n}", "label": n % 3 == 0} for n in range(6)]
+    data: Any = prepare(rows, tokenizer, DataRecipe(), max_seq_length=256)
+    run = start(tmp_path / "run", None, data, max_steps=2)
+    run.wait(progress=False)
+    said = [event.text for event in run.events if isinstance(event, MessageEvent)]
+    assert "The method sft trains on the 2 of 6 examples whose label is true, never on the others." in said
+    manifest = json.loads(next(run.dir.glob("checkpoint-*/*manifest*.json")).read_text())
+    assert manifest["data"]["rows"] == 2 and facts(run.config, data)["data"]["rows"] == 6
+    resumed = start(tmp_path / "run", None, data, resume=True, max_steps=3)
+    assert resumed.wait(progress=False).step == 3
+    none: Any = prepare([{**row, "label": False} for row in rows], tokenizer, DataRecipe(), max_seq_length=256)
+    with pytest.raises(TrainingError, match="nothing to train on: the method sft trains on the 0 of 6 examples .* true label"):
+        start(tmp_path / "other", None, none, max_steps=1)
+    assert not (tmp_path / "other").exists()
