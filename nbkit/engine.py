@@ -313,15 +313,16 @@ class Session:
             limit: only the first rows.
         """
         self._require_idle("evaluate")
-        if self.data is None or not self.data.held_out_rows:
-            raise DataError("There are no held-out rows; call session.use_data(source, held_out=30) or name a second source.")
         from contextlib import nullcontext
 
         from nbkit.chat.compare import answer_all, field_accuracy
+        from nbkit.data.wanted import wanted
         from nbkit.training.evaluate import held_out_loss
 
-        rows = list(self.data.held_out_rows)[:limit]
-        examples = list(self.data.held_out_examples)[:limit]
+        data = None if self.data is None else wanted(self.data)  # of KTO, the rows whose label is true
+        if data is None or not data.held_out_rows:
+            raise DataError("There are no held-out rows; call session.use_data(source, held_out=30) or name a second source.")
+        rows, examples = list(data.held_out_rows)[:limit], list(data.held_out_examples)[:limit]
         off = not adapter and self.lora is not None
         with self.model.disable_adapter() if off else nullcontext():
             loss = held_out_loss(self.model, examples, self.tokenizer.pad_token_id)
