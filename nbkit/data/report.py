@@ -10,7 +10,6 @@ from nbkit.config import DataRecipe
 from nbkit.data.findings import DROPPED, REASONS, REFUSED, USED, Finding, grouped, rows_text
 from nbkit.data.formats import Message
 from nbkit.data.repairs import Repair, offers
-from nbkit.data.wanted import told
 from nbkit.errors import DataError
 
 if TYPE_CHECKING:
@@ -152,6 +151,8 @@ class DataReport:
             lines.append(f"rows that were split make {self.pieces:,} examples of {self.used:,} rows")
         if self.held_out_examples:
             lines.append(f"{len(self.held_out_examples):,} rows are held out")
+        from nbkit.data.wanted import told  # here, since it needs numpy
+
         if said := told(self.examples):
             lines.append(said)
         for part, outcome, reason, numbers in grouped(self.findings):
