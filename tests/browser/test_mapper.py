@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, expect
+from playwright.sync_api import TimeoutError as NotSeen
 
 from tests.browser.lab import ROOT, chromium, jupyterlab
 from tests.tiny import save_tiny
@@ -33,8 +34,14 @@ def opened(page: Page, address: str) -> None:
     page.goto(f"{address}/lab/tree/mapper.ipynb")
     page.locator(".jp-Notebook").wait_for(timeout=START)
     expect(page.locator(".jp-NotebookPanel-toolbar")).to_contain_text("Python 3", timeout=START)
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_text("Run All Cells", exact=True).click()
+    for attempt in range(3):  # a kernel that is named may not be connected yet, and then nothing runs
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_text("Run All Cells", exact=True).click()
+        try:
+            page.locator(".nbk-panel").first.wait_for(timeout=START if attempt == 2 else START / 3)
+        except NotSeen:
+            continue
+        return
 
 
 @pytest.mark.slow
