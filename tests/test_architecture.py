@@ -15,7 +15,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "nbkit"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-STANDARD_LIBRARY_ONLY = ("config.py", "events.py", "errors.py", "evaluation.py", "markup.py", "workspace.py", "families")
+STANDARD_LIBRARY_ONLY = (
+    "config.py", "deadline.py", "events.py", "errors.py", "evaluation.py", "markup.py", "workspace.py", "families"
+)  # fmt: skip
 # Third-party packages a room may name, at the top of a file or inside a function.
 ALLOWED = {
     "kernels": {"torch", "triton"},

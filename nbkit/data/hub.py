@@ -7,12 +7,11 @@ the library writes it: `org/name#train[:10000]`, `org/name:en#train[5%:10%]`, `o
 from __future__ import annotations
 
 import re
-import threading
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from nbkit.data.rows import Source
 from nbkit.data.tables import read_dataset
+from nbkit.deadline import within
 from nbkit.errors import DataError, nearest
 
 SECONDS = 6.0  # without an answer in this time the hub counts as out of reach
@@ -80,7 +79,7 @@ def _ask(repository: str) -> None:
     from huggingface_hub import HfApi, errors
 
     try:
-        _within(SECONDS, lambda: HfApi().dataset_info(repository, timeout=SECONDS))
+        within(SECONDS, lambda: HfApi().dataset_info(repository, timeout=SECONDS))
     except errors.GatedRepoError as error:
         raise DataError(
             f"The data set {repository!r} is gated: accept its terms on its page of the hub and log in with "
@@ -96,26 +95,6 @@ def _ask(repository: str) -> None:
     except Exception as error:  # the HTTP library differs between hub versions, and so do its errors
         reason = str(error).strip().split("\n")[0][:120]
         raise Unreachable(f"{type(error).__name__}: {reason}") from error
-
-
-def _within(seconds: float, request: Callable[[], Any]) -> Any:
-    """The request's answer, or TimeoutError: a name service that hangs obeys no time-out of its own."""
-    box: dict[str, Any] = {}
-
-    def work() -> None:
-        try:
-            box["answer"] = request()
-        except BaseException as error:
-            box["error"] = error
-
-    thread = threading.Thread(target=work, daemon=True, name="nbkit-hub")
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise TimeoutError(f"no answer within {seconds:.0f} s")
-    if "error" in box:
-        raise box["error"]
-    return box["answer"]
 
 
 def _load(name: HubName, split: str) -> Any:

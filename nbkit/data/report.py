@@ -146,13 +146,13 @@ class DataReport:
         return f"{reason} {self.max_seq_length:,}{longest}"
 
     def _lines(self) -> list[str]:
+        from nbkit.data.wanted import told  # here, since it needs numpy
+
         lines = [self._headline(), f"{self.source} is read as {self.reason}"]
         if self.pieces > self.used:
             lines.append(f"rows that were split make {self.pieces:,} examples of {self.used:,} rows")
         if self.held_out_examples:
             lines.append(f"{len(self.held_out_examples):,} rows are held out")
-        from nbkit.data.wanted import told  # here, since it needs numpy
-
         if said := told(self.examples):
             lines.append(said)
         for part, outcome, reason, numbers in grouped(self.findings):

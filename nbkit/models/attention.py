@@ -47,6 +47,11 @@ class Attend:
     why: str = ""
     documents: Documents | None = None
 
+    @property
+    def side(self) -> tuple[int | None, int | None]:
+        """The window as flash takes it: tokens to the left and to the right of a query."""
+        return (self.window - 1, 0) if self.window else (None, None)
+
 
 class Shapes:
     """Shapes met so far. A cuDNN plan costs about 0.15 s, so a shape gets one only when it comes a second time."""
@@ -120,7 +125,7 @@ def forward(
         )
         return out, (lse, cq, ck, seed, offset), (mq, mk)
     if how.kind == "flash":
-        side = (how.window - 1, 0) if how.window else (None, None)
+        side = how.side
         t = q.shape[2]
         out, lse, state, unused, _ = aten._flash_attention_forward(
             *(a.transpose(1, 2) for a in (q, k, v)), None, None, t, t, 0.0, True, False, scale=how.scale,
@@ -186,7 +191,7 @@ def _documents_forward(
     b, h, t, _ = q.shape
     starts, longest = documents.starts, documents.longest
     if how.kind == "flash documents":
-        left, right = (how.window - 1, 0) if how.window else (None, None)
+        left, right = how.side
         out, lse, state, unused, _ = aten._flash_attention_forward(
             *_side_by_side(q, k, v), starts, starts, longest, longest, 0.0, True, False, scale=how.scale,
             window_size_left=left, window_size_right=right,
@@ -207,7 +212,7 @@ def _documents_backward(
     starts, longest = documents.starts, documents.longest
     if how.kind == "flash documents":
         lse, state, unused = kept
-        left, right = (how.window - 1, 0) if how.window else (None, None)
+        left, right = how.side
         grads = aten._flash_attention_backward(
             *_side_by_side(do, q, k, v, out), lse, starts, starts, longest, longest, 0.0, True, state, unused, scale=how.scale,
             window_size_left=left, window_size_right=right,

@@ -13,7 +13,7 @@ only the lean ones are looked at.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -167,7 +167,7 @@ def _because(plan: Plan, passed: list[Plan], checkpointed: bool, why: str = "") 
         why = "gradient checkpointing was asked for"
     elif not why:
         why = f"{faster[-1].keep} needs {faster[-1].needed / GIB:.1f} GiB" if faster else "memory is free"
-    return Plan(plan.keep, plan.copy, plan.rows, plan.needed, plan.free, why, plan.park, plan.host)
+    return replace(plan, why=why)
 
 
 def free_bytes(device: torch.device) -> int:

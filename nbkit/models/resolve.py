@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import os
 import re
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nbkit.deadline import within
 from nbkit.errors import ModelError, nearest
 from nbkit.families import all_families, checkpoint
 from nbkit.models import embedded
@@ -111,7 +110,7 @@ def _ask(repository: str, revision: str | None, token: str | None, seconds: floa
         return HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=seconds, token=token)
 
     try:
-        return _within(seconds, request)
+        return within(seconds + 0.2, request)  # its own time-out comes first
     except errors.GatedRepoError as error:
         raise ModelError(
             f"{repository} is gated: accept its licence on the hub's page of the model, then pass your access token (token=…)."
@@ -131,26 +130,6 @@ def _ask(repository: str, revision: str | None, token: str | None, seconds: floa
         raise HubSilent(f"status {status}") from error
     except Exception as error:  # the HTTP library differs between hub versions, and so do its errors
         raise HubSilent(f"{type(error).__name__}: {str(error)[:120]}") from error
-
-
-def _within(seconds: float, request: Callable[[], Any]) -> Any:
-    """The request's answer, or TimeoutError: a name service that hangs obeys no time-out of its own."""
-    box: dict[str, Any] = {}
-
-    def work() -> None:
-        try:
-            box["answer"] = request()
-        except BaseException as error:
-            box["error"] = error
-
-    thread = threading.Thread(target=work, daemon=True, name="nbkit-hub")
-    thread.start()
-    thread.join(seconds + 0.2)
-    if thread.is_alive():
-        raise TimeoutError(f"no answer within {seconds:.0f} s")
-    if "error" in box:
-        raise box["error"]
-    return box["answer"]
 
 
 def _download(repository: str, info: Any, revision: str | None, token: str | None, progress: bool) -> Path:

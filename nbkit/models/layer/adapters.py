@@ -43,10 +43,15 @@ class Watch:
     in place, so of those it is the emptiness that counts.
     """
 
-    def __init__(self, parent: nn.Module, names: Sequence[str]) -> None:
+    def __init__(self, parent: nn.Module | None = None, names: Sequence[str] = ()) -> None:
         self.places: list[tuple[dict[str, Any], str, Any]] = []
         self.merged: list[tuple[list[str], bool]] = []
         self.trained: list[tuple[Tensor, bool]] = []
+        self.addresses: list[tuple[Tensor, int]] = []
+        if parent is not None:
+            self._look(parent, names)
+
+    def _look(self, parent: nn.Module, names: Sequence[str]) -> None:
         for name in names:
             module = parent._modules[name]
             self._see(parent._modules, name)
@@ -67,31 +72,12 @@ class Watch:
     def _see(self, held: dict[str, Any], key: str) -> None:
         self.places.append((held, key, held.get(key)))
 
-    def fresh(self) -> bool:
-        """Whether everything is as it was."""
-        for held, key, value in self.places:
-            if held.get(key) is not value:
-                return False
-        return all(bool(names) is there for names, there in self.merged) and all(
-            p.requires_grad is was for p, was in self.trained
-        )
-
-
-class Everything:
-    """Whether anything changed in any layer since the last full look. One flat list: with 112 linears this is asked at the start
-    of every step, before the GPU has work."""
-
-    def __init__(self) -> None:
-        self.places: list[tuple[dict[str, Any], str, Any]] = []
-        self.merged: list[tuple[list[str], bool]] = []
-        self.trained: list[tuple[Tensor, bool]] = []
-        self.addresses: list[tuple[Tensor, int]] = []
-
     def add(self, watch: Watch) -> None:
-        """Watch what `watch` watches."""
+        """Watch what `watch` watches too: one flat list for all layers, since it is asked before the GPU has work."""
         self.places += watch.places
         self.merged += watch.merged
         self.trained += watch.trained
+        self.addresses += watch.addresses
 
     def fresh(self) -> bool:
         """Whether everything is as it was."""

@@ -15,7 +15,7 @@ from nbkit.families import Family
 from nbkit.kernels.lora_border import BorderWriter
 from nbkit.models import attention, planner
 from nbkit.models.embedding import Embedding
-from nbkit.models.layer.adapters import Everything, Unfit
+from nbkit.models.layer.adapters import Unfit, Watch
 from nbkit.models.layer.forward import Call
 from nbkit.models.layer.function import GradientRows, LayerFunction
 from nbkit.models.layer.keep import Keep
@@ -43,7 +43,7 @@ class Binding:
         self.planner = planner.Planner()
         self.planning: list[Callable[[], None]] = []  # called before memory is planned: who holds some that it may give back
         self.how: set[str] = set()  # the attention implementations met, for the report
-        self.everything: Everything | None = None
+        self.everything: Watch | None = None
         self.version = 0  # goes up when anything changes that a recorded step holds fixed
         self.writer: BorderWriter | None = None
         self.checkpoint: bool | str | None = None  # as a trainer asks for it: anything but None and False saves memory
@@ -105,9 +105,9 @@ class Binding:
             self.version += 1
         self.everything = self._everything()
 
-    def _everything(self) -> Everything | None:
+    def _everything(self) -> Watch | None:
         """What tells at the next forward that nothing changed; None where a full look is needed each time."""
-        found = Everything()
+        found = Watch()
         for bound in self.bound:
             layer = bound.parts.layer
             found.places += [(vars(layer), key, vars(layer).get(key)) for key in ("training", "gradient_checkpointing")]

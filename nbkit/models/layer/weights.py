@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nbkit.kernels.lora_border import write_borders
 from nbkit.kernels.nf4 import Nf4, dequantize_nf4
-from nbkit.models.layer.adapters import Everything, Term, Unfit, Watch, base_of, terms
+from nbkit.models.layer.adapters import Term, Unfit, Watch, base_of, terms
 
 RANK_STEP = 16  # ranks are padded with zeros to a multiple of it: tensor cores read K in such steps
 STRIDE_STEP = 64  # the border's width: rows stay 128-byte aligned in 16 bits
@@ -157,14 +157,13 @@ class Group:
         base = module._modules.get("base_layer", module)
         return place is not None and base._parameters["weight"].data_ptr() == place.data_ptr()
 
-    def report_to(self, everything: Everything) -> bool:
+    def report_to(self, everything: Watch) -> bool:
         """Add what `refresh` looks at; False if it has to be asked each time."""
         if self._watch is None or any(o.bias is not None for o in self.own):
             return False
         everything.add(self._watch)
         everything.places.append((vars(self), "_watch", self._watch))
-        module = self.parent._modules[self.names[0]]
-        base = module._modules.get("base_layer", module)
+        base = base_of(self.parent._modules[self.names[0]])
         everything.places.append((base._parameters, "weight", base._parameters["weight"]))
         everything.addresses.append((base._parameters["weight"], base._parameters["weight"].data_ptr()))
         everything.addresses += [(p, p.data_ptr()) for t in self.terms for p in (t.a, t.b)]
