@@ -41,7 +41,7 @@ class Sizes:
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
 
-def kept(level: int, s: Sizes) -> int:
+def kept(level: int, s: Sizes, normed: bool = False) -> int:
     """Bytes that one layer keeps for one token at `level` (models/layer/keep.py says which tensors)."""
     attention = s.heads * s.head
     columns = s.hidden
@@ -49,6 +49,7 @@ def kept(level: int, s: Sizes) -> int:
     columns += s.hidden if level < 3 else 0
     columns += s.qkv if level < 2 else 0
     columns += 2 * s.intermediate if level < 1 else 0
+    columns += 2 * s.hidden if normed else 0
     return columns * s.size + (4 * s.heads if level < 4 else 0) + 8
 
 
@@ -57,7 +58,9 @@ def working(level: int, rows: int, s: Sizes) -> int:
     mlp = (3 if level < 1 else 5) * s.intermediate + 4 * s.hidden  # dh, dgate, dup (gate, up again); h, g, g_mid, dh
     attention = 2 * s.qkv + 2 * s.heads * s.head + 3 * s.hidden  # dq, dk, dv and packed; dout; x's gradients
     again = (s.qkv if level >= 2 else 0) + (s.heads * s.head if level >= 4 else 0) + (s.hidden if level >= 3 else 0)
-    return rows * s.size * (max(mlp, attention) + again)
+    # At level 0 LoRA's gradients are made on a second stream, which holds what it reads until the layer's backward is over.
+    together = mlp + attention if level == 0 else max(mlp, attention)
+    return rows * s.size * (together + again)
 
 
 def by_head(rows: int, s: Sizes) -> int:
@@ -105,16 +108,17 @@ def step(
     tile: int | None = None,
     groups: int | None = None,
     parked: bool = False,
+    normed: bool = False,
 ) -> dict[str, int]:
     """Bytes by part that a training step adds to the loaded model.
 
     Args:
-        level, offload, tile, groups: as in models/layer/keep.py.
+        level, offload, tile, groups, normed: as in models/layer/keep.py.
         copy: NF4 weights are held in 16 bits too.
         optimizer_bytes: of the optimizer's state, for one LoRA parameter.
         parked: the embedding is moved to host RAM, which gives its bytes back.
     """
-    on_device = kept(level, s) - (s.size * _wide(level, s) if offload else 0)
+    on_device = kept(level, s, normed) - (s.size * _wide(level, s) if offload else 0)
     work = working(level, rows, s) if groups is None else lean(level, rows, s, tile or rows, groups)
     parts = {
         "kept activations": s.layers * rows * on_device,

@@ -3,8 +3,9 @@
 Plans differ in speed and bytes alone, never in results. The planner takes the fastest that fits with a margin; a larger batch
 later is planned again. In order of speed:
 
-    level 0 with a 16-bit copy of NF4 weights · levels 0 to 3 · for long rows level 3 lean, what it keeps in host RAM
-    · level 4 lean · the same with layer inputs in host RAM, in smaller tiles, with the embedding in host RAM too
+    level 0 with the normalised rows and a 16-bit copy of NF4 weights · without these rows · levels 0 to 3 · for long rows
+    level 3 lean, what it keeps in host RAM · level 4 lean · the same with layer inputs in host RAM, in smaller tiles, with
+    the embedding in host RAM too
 
 "lean": token tiles, head groups in the attention backward, gradients in place. Where gradient checkpointing was asked for,
 only the lean ones are looked at.
@@ -101,7 +102,9 @@ def candidates(sizes: forecast.Sizes, rows: int, *, four_bit: bool, checkpointed
     """(keep, copy, park) from the fastest to the leanest."""
     if not checkpointed:
         if four_bit:
+            yield Keep(0, normed=True), True, False
             yield Keep(0), True, False
+        yield Keep(0, normed=True), False, False
         for level in range(4):
             yield Keep(level), False, False
     groups = min(sizes.kv_heads, max(1, GROUP_BYTES // forecast.by_head(rows, sizes)))
@@ -149,7 +152,7 @@ def choose(
         parts = forecast.step(
             keep.level, rows, sizes, four_bit=four_bit, copy=copy,
             offload=keep.offload, tile=keep.tile, groups=keep.groups, parked=park,
-            optimizer_bytes=optimizer_bytes,
+            optimizer_bytes=optimizer_bytes, normed=keep.normed,
         )  # fmt: skip
         needed = sum(n for name, n in parts.items() if not (stepped and name in ("LoRA gradients", "optimizer")))
         plan = Plan(keep, copy, rows, needed, free, "", park, on_host)

@@ -18,6 +18,7 @@ from nbkit.models import attention
 from nbkit.models.layer import ops
 from nbkit.models.layer.forward import Call, Kept, attend, border, empty, gates, heads, middle, normed, queries_keys_values
 from nbkit.models.layer.parts import Parts
+from nbkit.models.layer.side import beside
 from nbkit.models.layer.weights import Group
 
 EARLY = 64 * 2**20  # bytes of a layer input up to which the next one is fetched at once: longer copies hide behind less work
@@ -120,7 +121,7 @@ def run(
     call: Call, g: Tensor, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, kept: Kept, need_dx: bool
 ) -> tuple[Tensor | None, list[Tensor]]:
     """g (N, D + R) -> (N, D + R) rows whose first D columns are dx (None unless `need_dx`), and the LoRA gradients."""
-    p, n, lean = call.parts, call.rows, call.keep.in_place
+    p, n, lean, side = call.parts, call.rows, call.keep.in_place, call.side
     tiles = call.keep.tiles(n)
     sums = {group.name: Gradients(group, len(tiles)) for group in p.groups}
     norms = NormGradients(p)
@@ -135,7 +136,8 @@ def run(
         out, state = attend(call, qkv, mask)
     g_mid = g if lean else torch.empty_like(g)
     for t in tiles:
-        _mlp_and_o(p, t, g[t], g_mid[t], x, out, kept, sums, norms)
+        _mlp_and_o(call, t, g[t], g_mid[t], x, out, kept, sums, norms)
+    o_done = side.mark() if side is not None else None  # it reads g_mid, which is written last
     attention_backward = _attention_by_heads if lean else _attention
     dqkv = attention_backward(call, g_mid, qkv, out, cos, sin, mask, state)
     del qkv, out, state
@@ -145,17 +147,29 @@ def run(
     w_qkv = p.qkv.weight()
     fill_border(dqkv, p.qkv, w_qkv)
     for t in tiles:
-        h = empty(x, t.stop - t.start, p.d)
-        normed(p, 0, x[t], h)
-        sums["qkv"].add(dqkv[t], h, xa_qkv[t])
+        h, xa = (empty(x, t.stop - t.start, p.d), xa_qkv[t]) if kept.h_qkv is None else split(kept.h_qkv, p.d)
+        with beside(side, dqkv, h, x, xa):
+            if kept.h_qkv is None:
+                normed(p, 0, x[t], h)
+            sums["qkv"].add(dqkv[t], h, xa)
         if need_dx:
-            dh = input_gradient(dqkv[t], p.qkv, w_qkv, out=h)  # h has been read: its memory takes dh
+            # Where h has been read by now, its memory takes dh.
+            dh = input_gradient(dqkv[t], p.qkv, w_qkv, out=h if side is None and kept.h_qkv is None else None)
+            if side is not None and o_done is not None:
+                side.wait(o_done)
             norms.back(0, dh, x[t], kept.rstd1[t], g_mid[t, : p.d])
+    if side is not None:
+        side.join()
     return (g_mid if need_dx else None), [d for group in p.groups for d in sums[group.name].out()] + norms.out()
 
 
+def split(rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The first `width` columns, and the rest."""
+    return rows[:, :width], rows[:, width:]
+
+
 def _mlp_and_o(
-    p: Parts,
+    call: Call,
     t: slice,
     g: Tensor,
     g_mid: Tensor,
@@ -166,7 +180,7 @@ def _mlp_and_o(
     norms: NormGradients,
 ) -> None:
     """One tile of rows: back through the MLP and its norm into g_mid, the gradient of x_mid; what down, gate/up and o train."""
-    n = t.stop - t.start
+    n, p, side = t.stop - t.start, call.parts, call.side
     if kept.mid is None:
         mid, xa_o = empty(x, n, p.d), empty(x, n, p.o.rank)
         middle(p, x[t], out[t], p.o.weight(), mid, xa_o)
@@ -175,26 +189,34 @@ def _mlp_and_o(
     w_gate_up = p.gate_up.weight()
     if kept.gate_up is None:
         gate_up = empty(x, n, 2 * p.f)
-        h = gates(p, mid, None, w_gate_up, gate_up)
-        xa = h[:, p.d :]
+        h, xa = split(gates(p, mid, None, w_gate_up, gate_up), p.d)
+        again = False
+    elif kept.h_gate_up is not None:
+        gate_up, (h, xa) = kept.gate_up, split(kept.h_gate_up, p.d)
+        again = False
     else:
-        gate_up, xa = kept.gate_up[t], kept.xa_gate_up[t]
-        h = empty(x, n, p.d)
-        normed(p, 1, mid, h)
+        gate_up, xa, h = kept.gate_up[t], kept.xa_gate_up[t], empty(x, n, p.d)
+        again = True
     w_down = p.down.weight()
     dy = fill_border(g, p.down, w_down)
     dh = input_gradient(dy, p.down, w_down)
     dgu = border(2 * p.f, p.gate_up, n, x)
     ops.swiglu_backward(dh, gate_up[:, : p.f], gate_up[:, p.f :], dgu[:, : p.f], dgu[:, p.f : 2 * p.f], h=dh)
     # dh holds h by now
-    sums["down"].add(dy, dh, kept.xa_down[t] if kept.xa_down is not None else lora_products(dh, p.down, w_down))
+    xa_down = kept.xa_down[t] if kept.xa_down is not None else lora_products(dh, p.down, w_down)
+    with beside(side, g, dh, xa_down):
+        sums["down"].add(dy, dh, xa_down)
     del dh, gate_up
     fill_border(dgu, p.gate_up, w_gate_up)
-    sums["gate_up"].add(dgu, h[:, : p.d], xa)
+    with beside(side, dgu, h, xa, mid):
+        if again:
+            normed(p, 1, mid, h)
+        sums["gate_up"].add(dgu, h, xa)
     d_norm = input_gradient(dgu, p.gate_up, w_gate_up)
     norms.back(1, d_norm, mid, kept.rstd2[t], g[:, : p.d], g_mid[:, : p.d])
     dy = fill_border(g_mid, p.o, p.o.weight())
-    sums["o"].add(dy, out[t], xa_o)
+    with beside(side, g_mid, out, xa_o):
+        sums["o"].add(dy, out[t], xa_o)
 
 
 def lora_products(x: Tensor, group: Group, weight: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from nbkit.models.layer.function import GradientRows, LayerFunction
 from nbkit.models.layer.keep import Keep
 from nbkit.models.layer.offload import Host
 from nbkit.models.layer.parts import Parts
+from nbkit.models.layer.side import FEWEST, Side
 from nbkit.models.layer.weights import Scratch
 
 MARK = "_nbkit_layers"  # instance attribute: of the decoder its Binding, of each layer its BoundLayer
@@ -49,6 +50,8 @@ class Binding:
         self.checkpoint: bool | str | None = None  # as a trainer asks for it: anything but None and False saves memory
         self.optimizer_bytes = 8  # of the optimizer's state for a LoRA parameter: float32 Adam, unless a trainer says otherwise
         self.host: Host | None = None  # made when a plan first asks for host RAM
+        self.side: Side | None = None  # the second stream, made when a layer first uses it
+        self.recording = False  # a step is being recorded as a CUDA graph
         self.norm: nn.Module | None = None  # after the last layer
         self.embedding = Embedding(decoder)
         self.tied = bool(getattr(config, "tie_word_embeddings", False))
@@ -111,8 +114,7 @@ class Binding:
         for bound in self.bound:
             layer = bound.parts.layer
             found.places += [(vars(layer), key, vars(layer).get(key)) for key in ("training", "gradient_checkpointing")]
-            found.trained += [(norm.weight, norm.weight.requires_grad) for norm in bound.parts.norms]
-            if self.reasons or not all([group.report_to(found) for group in bound.parts.groups]):
+            if self.reasons or not bound.parts.report_to(found):
                 return None
         return found
 
@@ -173,16 +175,27 @@ class Binding:
             self.host = Host(self.bound[0].parts.qkv.device)
         return self.host
 
+    def second_stream(self, parts: Parts, keep: Keep, rows: int) -> Side | None:
+        """The stream beside the layer's own, where one is worth it: memory is free and the host does not set the pace."""
+        if parts.qkv.device.type != "cuda" or keep.level or keep.tile or any(group.own for group in parts.groups):
+            return None
+        if not self.recording and rows < FEWEST:
+            return None
+        if self.side is None:
+            self.side = Side(parts.qkv.device)
+        return self.side
+
     @contextmanager
     def stand_ins(self, leaves: list[Tensor]) -> Iterator[None]:
         """Within: the layers take `leaves`, one for each LoRA parameter in order, in place of the parameters themselves."""
-        real, place = [layer.params for layer in self.bound], 0
+        real, place, self.recording = [layer.params for layer in self.bound], 0, True
         for layer in self.bound:
             count = len(layer.params)
             layer.params, place = leaves[place : place + count], place + count
         try:
             yield
         finally:
+            self.recording = False
             for layer, params in zip(self.bound, real, strict=True):
                 layer.params = params
 
@@ -307,7 +320,8 @@ def forward(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | Non
     )
     binding.how.add(f"{how.kind}: {how.why}")
     keep = binding.chosen
-    call = Call(parts, keep, how, b, t, [], binding.memory_of_host().parcel() if keep.offload else None)
+    parcel = binding.memory_of_host().parcel() if keep.offload else None
+    call = Call(parts, keep, how, b, t, [], parcel, binding.second_stream(parts, keep, b * t))
     return LayerFunction.apply(hidden_states, cos, sin, mask, call, binding.rows, *bound.params)
 
 

@@ -18,6 +18,7 @@ from nbkit.models.layer import ops
 from nbkit.models.layer.keep import Keep
 from nbkit.models.layer.offload import Parcel
 from nbkit.models.layer.parts import Parts
+from nbkit.models.layer.side import Side, beside
 from nbkit.models.layer.weights import Group
 
 
@@ -36,6 +37,8 @@ class Kept:
     xa_o: Tensor | None = None
     gate_up: Tensor | None = None
     xa_gate_up: Tensor | None = None
+    h_qkv: Tensor | None = None  # the normalised rows with their border, (N, D + R), in place of xa_qkv and xa_gate_up
+    h_gate_up: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Call:
     tokens: int
     numbers: list[Any]
     parcel: Parcel | None = None  # takes x, out and x_mid to host RAM where `keep.offload` says so
+    side: Side | None = None  # takes what the layer does not wait for; with one tile and without `in_place` only
 
     @property
     def rows(self) -> int:
@@ -82,18 +86,19 @@ def heads(call: Call, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def queries_keys_values(
-    call: Call, x: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor | None, room: int = 0
+    call: Call, x: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor | None, room: int = 0, whole: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """x (N, D) -> rows [q | k | v | `room` columns], q and k rotated, and LoRA's products."""
+    """x (N, D) -> rows [q | k | v | `room` columns], q and k rotated, and LoRA's products (`whole`: the rows they end)."""
     p, n = call.parts, call.rows
     weight = p.qkv.weight()
     qkv = torch.empty(n, p.qkv.outputs + room, dtype=x.dtype, device=x.device)
-    xa = torch.empty(n, p.qkv.rank, dtype=x.dtype, device=x.device)
+    xa = border(p.d, p.qkv, n, x) if whole else torch.empty(n, p.qkv.rank, dtype=x.dtype, device=x.device)
     for t in call.keep.tiles(n):
-        h = border(p.d, p.qkv, t.stop - t.start, x)
+        h = xa if whole else border(p.d, p.qkv, t.stop - t.start, x)
         normed(p, 0, x[t], h, None if rstd is None else rstd[t])
         project(h, p.qkv, weight, out=qkv[t, : p.qkv.outputs])
-        xa[t] = h[:, p.d :]
+        if not whole:
+            xa[t] = h[:, p.d :]
     turn = qkv[:, : (p.h + p.g) * p.k].unflatten(0, (call.batch, call.tokens)).unflatten(2, (p.h + p.g, p.k))
     ops.rope_rotate_(turn, cos, sin)
     return qkv, xa
@@ -111,19 +116,29 @@ def attend(call: Call, qkv: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[
     return out.transpose(1, 2).reshape(call.rows, -1), kept
 
 
-def middle(p: Parts, x: Tensor, out: Tensor, weight: Tensor, mid: Tensor, xa: Tensor) -> None:
-    """mid = x + out Wo^T + LoRA, xa = out A^T. `out` comes from attention and has no room for a border: LoRA is a second pass."""
+def middle(p: Parts, x: Tensor, out: Tensor, weight: Tensor, mid: Tensor, xa: Tensor, side: Side | None = None) -> None:
+    """mid = x + out Wo^T + LoRA, xa = out A^T. `out` comes from attention and has no room for a border: LoRA is a second pass.
+
+    With `side`, x is mid itself: it holds the residual as soon as what `side` was given before is done.
+    """
     i, o, r = p.o.inputs, p.o.outputs, p.o.rank
+    copied = side.mark() if side is not None else None
+    if r:
+        with beside(side, out, xa):
+            torch.mm(out, weight[o : o + r, :i].t(), out=xa)
+    if side is not None and copied is not None:
+        side.wait(copied)
     torch.addmm(x, out, weight[:o, :i].t(), out=mid)
     if r:
-        torch.mm(out, weight[o : o + r, :i].t(), out=xa)
+        if side is not None:
+            side.wait(side.mark())
         mid.addmm_(xa, weight[:o, i : i + r].t())
     if p.o.bias is not None:
         mid.add_(p.o.bias)
 
 
 def gates(p: Parts, mid: Tensor, rstd: Tensor | None, weight: Tensor, out: Tensor) -> Tensor:
-    """Rows [gate | up] into `out`; returns h, whose last columns are LoRA's products."""
+    """Rows [gate | up] into `out`; returns h (N, D + R), whose last columns are LoRA's products."""
     h = border(p.d, p.gate_up, mid.shape[0], mid)
     normed(p, 1, mid, h, rstd)
     project(h, p.gate_up, weight, out=out)
@@ -136,16 +151,23 @@ def empty(like: Tensor, rows: int, columns: int) -> Tensor:
 
 def run(call: Call, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> tuple[Tensor, Kept]:
     """y (N, D) and what `call.keep` says is kept. x (N, D) contiguous rows."""
-    p, keep, n = call.parts, call.keep, call.rows
+    p, keep, n, side = call.parts, call.keep, call.rows, call.side
     stats = torch.empty(2, n, dtype=ops.wide(x.dtype), device=x.device)
     kept = Kept(stats[0], stats[1])
     if not keep.in_place:
         kept.xa_down = empty(x, n, p.down.rank)
+    if keep.mid:
+        kept.mid, kept.xa_o = empty(x, n, p.d), empty(x, n, p.o.rank)
     if call.parcel is not None:
         call.parcel.send("x", x)
-    qkv, xa_qkv = queries_keys_values(call, x, cos, sin, kept.rstd1)
+    if side is not None and kept.mid is not None:
+        with side.beside(x, kept.mid):
+            kept.mid.copy_(x)  # for the GEMM that adds to it
+    qkv, xa_qkv = queries_keys_values(call, x, cos, sin, kept.rstd1, whole=keep.normed)
     out, state = attend(call, qkv, mask)
-    if keep.qkv:
+    if keep.normed:
+        kept.qkv, kept.h_qkv = qkv, xa_qkv
+    elif keep.qkv:
         kept.qkv, kept.xa_qkv = qkv, xa_qkv
     if keep.attention:
         kept.attention = state
@@ -153,31 +175,49 @@ def run(call: Call, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) ->
             call.parcel.send("out", out)
         else:
             kept.out = out
-    if keep.mid:
-        kept.mid, kept.xa_o = empty(x, n, p.d), empty(x, n, p.o.rank)
     if keep.gate_up:
-        kept.gate_up, kept.xa_gate_up = empty(x, n, 2 * p.f), empty(x, n, p.gate_up.rank)
+        kept.gate_up = empty(x, n, 2 * p.f)
+        kept.xa_gate_up = None if keep.normed else empty(x, n, p.gate_up.rank)
     del qkv, xa_qkv, state
     y = torch.empty_like(x)
-    w_o, w_gate_up, w_down = p.o.weight(), p.gate_up.weight(), p.down.weight()
+    weights = p.o.weight(), p.gate_up.weight(), p.down.weight()
     for t in keep.tiles(n):
-        rows = t.stop - t.start
-        mid = kept.mid[t] if kept.mid is not None else y[t]  # y is written last, from mid: the same memory serves both
-        xa_o = kept.xa_o[t] if kept.xa_o is not None else empty(x, rows, p.o.rank)
-        middle(p, x[t], out[t], w_o, mid, xa_o)
-        gate_up = kept.gate_up[t] if kept.gate_up is not None else empty(x, rows, 2 * p.f)
-        h = gates(p, mid, kept.rstd2[t], w_gate_up, gate_up)
-        if kept.xa_gate_up is not None:
-            kept.xa_gate_up[t] = h[:, p.d :]
-        del h
-        hidden = border(p.f, p.down, rows, x)
-        ops.swiglu_forward(gate_up[:, : p.f], gate_up[:, p.f :], hidden[:, : p.f])
-        project(hidden, p.down, w_down, out=y[t], residual=mid)
-        if kept.xa_down is not None:
-            kept.xa_down[t] = hidden[:, p.f :]
+        _o_and_mlp(call, t, x[t], out[t], y[t], kept, weights)
+    if side is not None:
+        side.join()
     if call.parcel is not None:
         if kept.mid is not None:
             call.parcel.send("mid", kept.mid)
             kept.mid = None
         call.parcel.settle()
     return y, kept
+
+
+def _o_and_mlp(
+    call: Call, t: slice, x: Tensor, out: Tensor, y: Tensor, kept: Kept, weights: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """One tile of rows: o_proj, the norm and the MLP into y, and what is kept of them."""
+    p, rows, side = call.parts, t.stop - t.start, call.side
+    w_o, w_gate_up, w_down = weights
+    mid = kept.mid[t] if kept.mid is not None else y  # y is written last, from mid: the same memory serves both
+    xa_o = kept.xa_o[t] if kept.xa_o is not None else empty(x, rows, p.o.rank)
+    middle(p, x if side is None else mid, out, w_o, mid, xa_o, side)
+    residual = mid
+    if side is not None:
+        with side.beside(mid, y):
+            residual = y.copy_(mid)
+        copied = side.mark()
+    gate_up = kept.gate_up[t] if kept.gate_up is not None else empty(x, rows, 2 * p.f)
+    h = gates(p, mid, kept.rstd2[t], w_gate_up, gate_up)
+    if call.keep.normed:
+        kept.h_gate_up = h
+    elif kept.xa_gate_up is not None:
+        kept.xa_gate_up[t] = h[:, p.d :]
+    del h
+    hidden = border(p.f, p.down, rows, x)
+    ops.swiglu_forward(gate_up[:, : p.f], gate_up[:, p.f :], hidden[:, : p.f])
+    if side is not None:
+        side.wait(copied)
+    project(hidden, p.down, w_down, out=y, residual=residual)
+    if kept.xa_down is not None:
+        kept.xa_down[t] = hidden[:, p.f :]

@@ -8,7 +8,8 @@ Bytes per token and layer for Llama-3.1-8B in 16 bits (D, F, KV: one row of the 
     L3  without x_mid                              17 KB    + the o projection
     L4  x alone                                     8 KB    + attention; never down_proj: nothing in the backward reads its output
 
-LoRA's products x A^T (R columns each) and one rstd a row are kept beside what they belong to.
+LoRA's products x A^T (R columns each) and one rstd a row are kept beside what they belong to. `normed`, at level 0: the two
+normalised rows as well (16 KB more), which the gradients of LoRA's A read: nothing but h is rebuilt then.
 
 Where memory is short, at levels 2 to 4: `offload` has x (and out, and x_mid) in host RAM until the backward; `tile` rows at a
 time go through the projections and the MLP; `groups` key/value heads at a time go through attention's backward, whose gradients
@@ -28,15 +29,19 @@ class Keep:
     tile: int | None = None  # rows at a time in the projections and the MLP; None: all at once
     offload: bool = False  # what is kept with D columns lies in host RAM
     groups: int | None = None  # key/value heads at a time in attention's backward; None: all at once
+    normed: bool = False  # level 0 with the normalised rows
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
             raise ValueError(f"keep level {self.level} is not one of {LEVELS}")
         if (self.offload or self.groups) and self.level < 2:
             raise ValueError(f"offload and head groups go with levels 2 to 4, not {self.level}")
+        if self.normed and (self.level or self.tile):
+            raise ValueError("normalised rows are kept at level 0 without tiles")
 
     def __str__(self) -> str:
-        extra = [f"tiles of {self.tile:,} tokens"] if self.tile else []
+        extra = ["with the normalised rows"] if self.normed else []
+        extra += [f"tiles of {self.tile:,} tokens"] if self.tile else []
         extra += ["layer inputs in host RAM"] if self.offload else []
         extra += [f"{self.groups} key/value heads at a time"] if self.groups else []
         return ", ".join([f"level {self.level}", *extra])

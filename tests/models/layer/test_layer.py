@@ -49,11 +49,18 @@ def test_every_level_and_tile_gives_the_same(level, tile):
 
 @pytest.mark.parametrize(
     "keep",
-    [Keep(2, 16, True, 2), Keep(3, 16, True, 1), Keep(4, None, True, 2), Keep(4, 5, False, 1), Keep(3, None, True)],
+    [
+        Keep(0, normed=True),
+        Keep(2, 16, True, 2),
+        Keep(3, 16, True, 1),
+        Keep(4, None, True, 2),
+        Keep(4, 5, False, 1),
+        Keep(3, None, True),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("family", FAMILIES)
-def test_host_memory_head_groups_and_gradients_in_place(family, keep):
+def test_normed_rows_host_memory_head_groups_and_gradients_in_place(family, keep):
     assert_same(lora(family), batch(padded=True), keep)
 
 
@@ -98,6 +105,9 @@ def test_a_retained_graph_repeats_with_host_memory():
 def test_low_levels_refuse_host_memory():
     with pytest.raises(ValueError, match="levels 2 to 4"):
         Keep(1, offload=True)
+    for wrong in (dict(level=1, normed=True), dict(level=0, tile=8, normed=True)):
+        with pytest.raises(ValueError, match="normalised rows are kept at level 0"):
+            Keep(**wrong)
 
 
 @pytest.mark.parametrize(

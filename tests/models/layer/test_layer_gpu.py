@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nbkit.kernels.nf4 import Nf4, dequantize_nf4
-from nbkit.models.layer import Keep
+from nbkit.models.layer import Keep, bind
 from tests.models.layer.rig import TARGETS, batch, fill, step, worst
 from tests.models.layer.test_layer import bound
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
 
 
-def lora_on_gpu(family="llama", dtype=torch.float32, four_bit=False, **options):
+def lora_on_gpu(family="llama", dtype=torch.float32, four_bit=False, rank=8, **options):
     """A toy model on the GPU with LoRA in float32."""
     import bitsandbytes as bnb
     from peft import LoraConfig, get_peft_model
@@ -35,7 +35,7 @@ def lora_on_gpu(family="llama", dtype=torch.float32, four_bit=False, **options):
                     setattr(parent, name, new.cuda())
     for p in model.parameters():
         p.requires_grad_(False)
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=12, target_modules=TARGETS))
+    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=12, target_modules=TARGETS))
     fill(model)
     return model.train()
 
@@ -77,6 +77,7 @@ def test_16_bits(family, dtype):
     "keep",
     [
         Keep(0, 32),
+        Keep(0, normed=True),
         Keep(1),
         Keep(2, 50),
         Keep(3),
@@ -93,6 +94,24 @@ def test_levels_and_tiles(keep):
     truth, model = lora_on_gpu(), lora_on_gpu(dtype=torch.bfloat16)
     truth.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
     assert any("cudnn" in h or "flash" in h for h in compare(model, truth, on_gpu(tokens=77), keep))
+
+
+@pytest.mark.parametrize("keep", [Keep(0), Keep(0, normed=True)], ids=str)
+@pytest.mark.parametrize("rank", [8, 64])
+def test_the_second_stream_changes_no_bit(keep, rank, monkeypatch):
+    model = lora_on_gpu("qwen2", torch.bfloat16, rank=rank)
+    binding, found = bound(model, keep), {}
+    inputs = on_gpu(rows=2, tokens=600)
+    for name, fewest in (("one stream", 2**40), ("two streams", 1), ("two streams again", 1)):
+        monkeypatch.setattr(bind, "FEWEST", fewest)
+        for _ in range(3):  # the second takes the attention of a repeated shape
+            model.zero_grad(set_to_none=True)
+            loss = model(**inputs).loss
+            loss.backward()
+        found[name] = [loss.detach()] + [p.grad for p in model.parameters() if p.grad is not None]
+        assert (binding.side is None) == (name == "one stream")
+    for name in ("two streams", "two streams again"):
+        assert all(torch.equal(a, b) for a, b in zip(found["one stream"], found[name], strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
