@@ -26,6 +26,7 @@ from nbkit.kernels.rms_norm import rms_norm
 from nbkit.kernels.rope import rope
 from nbkit.kernels.swiglu import swiglu
 from nbkit.models.graphs import Pack
+from nbkit.models.layer.adapters import OURS
 from nbkit.models.layer.bind import LAST, causal_only
 from nbkit.models.layer.bind import MARK as LAYER_MARK
 from nbkit.models.layer.function import FinalNorm
@@ -42,6 +43,7 @@ def _binds(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def keep(fn: Callable[..., Any]) -> Callable[..., Any]:
         fn.__name__ = "forward"  # a bound method is pickled as its object and this name: a pickled model loads as a stock one
         FORWARDS[op] = fn
+        OURS.add(fn)
         return fn
 
     return keep

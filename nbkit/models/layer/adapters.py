@@ -6,10 +6,16 @@ scale * b (a x). Adapters that are disabled or merged into the base weight add n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+OURS: set[Callable[..., Any]] = set()  # the forwards that nbkit itself binds to parts of a layer: the fused steps stand for them
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# transformers leaves hooks on attention for `output_attentions`; they do nothing where it is not asked for.
+_IDLE_HOOKS = "transformers.utils.output_capturing"
 
 
 class Unfit(Exception):
@@ -31,9 +37,32 @@ class Term(NamedTuple):
         return self.a.shape[0]
 
 
-def base_of(module: nn.Module) -> nn.Module:
-    """The linear itself, without PEFT's wrapper."""
-    return getattr(module, "base_layer", module)
+def base_of(module: Any) -> Any:
+    """The linear or norm itself, without PEFT's wrapper. Of what PEFT has copies of (`modules_to_save`): that in use."""
+    copies = module._modules.get("modules_to_save")
+    if copies is not None:
+        used = [] if module.disable_adapters else [name for name in module.active_adapters if name in copies]
+        module = copies[used[0]] if used else module.original_module
+    return module._modules.get("base_layer", module)
+
+
+def hooks_made() -> int:
+    """Goes up with every hook that is registered anywhere: whether one is new costs no look at any module."""
+    return RemovableHandle.next_id
+
+
+def foreign(modules: Iterable[tuple[str, nn.Module]]) -> str | None:
+    """The first module that would not do what its class does, and why: a fused step would pass over it. None if there is none."""
+    for name, module in modules:
+        bound = vars(module).get("forward")
+        if bound is not None:
+            function = getattr(bound, "__func__", bound)
+            if function is not type(module).forward and function not in OURS:
+                return f"another library has bound a forward of its own to {name}"
+        for kind in _HOOKS:
+            if any(getattr(hook, "__module__", "") != _IDLE_HOOKS for hook in vars(module)[kind].values()):
+                return f"{name} is hooked, and a fused layer does not call it"
+    return None
 
 
 class Watch:
@@ -48,26 +77,37 @@ class Watch:
         self.merged: list[tuple[list[str], bool]] = []
         self.trained: list[tuple[Tensor, bool]] = []
         self.addresses: list[tuple[Tensor, int]] = []
+        self.hooked: list[tuple[dict[int, Any], int]] = []
+        self.hooks = hooks_made()
         if parent is not None:
-            self._look(parent, names)
+            self.look(parent, names)
 
-    def _look(self, parent: nn.Module, names: Sequence[str]) -> None:
+    def look(self, parent: nn.Module, names: Sequence[str]) -> None:
+        """Watch the linears or norms `names` of `parent`."""
         for name in names:
-            module = parent._modules[name]
+            module: Any = parent._modules[name]
             self._see(parent._modules, name)
-            self.trained += [(p, p.requires_grad) for p in base_of(module).parameters()]
+            base = base_of(module)
+            self.trained += [(p, p.requires_grad) for p in base.parameters()]
+            self._see_hooks(*{id(one): one for one in (parent, module, base)}.values())
             state = vars(module)
+            if "_disable_adapters" in state:
+                for key in ("_disable_adapters", "_active_adapter"):
+                    self._see(state, key)
             if "scaling" not in state:
                 continue
-            for key in ("_disable_adapters", "_active_adapter", "training"):
-                self._see(state, key)
+            self._see(state, "training")
             self.merged.append((module.merged_adapters, bool(module.merged_adapters)))
             for adapter in module.active_adapters:
                 if adapter in module.lora_A:
                     self._see(state["scaling"], adapter)
                     for half in (module.lora_A, module.lora_B):
                         self._see(half._modules, adapter)
+                        self._see_hooks(half[adapter])
                         self._see(half[adapter]._parameters, "weight")
+
+    def _see_hooks(self, *modules: nn.Module) -> None:
+        self.hooked += [(hooks := vars(module)[kind], len(hooks)) for module in modules for kind in _HOOKS]
 
     def _see(self, held: dict[str, Any], key: str) -> None:
         self.places.append((held, key, held.get(key)))
@@ -77,10 +117,15 @@ class Watch:
         self.places += watch.places
         self.merged += watch.merged
         self.trained += watch.trained
+        self.hooked += watch.hooked
         self.addresses += watch.addresses
 
     def fresh(self) -> bool:
         """Whether everything is as it was."""
+        if self.hooks != hooks_made():
+            if any(len(hooks) != many for hooks, many in self.hooked):
+                return False
+            self.hooks = hooks_made()
         for held, key, value in self.places:
             if held.get(key) is not value:
                 return False

@@ -58,7 +58,7 @@ class LayerFunction(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):  # dtypes are the weights' own; autocast would mix them
             y, kept = forward.run(call, as_rows(x), cos, sin, mask)
         ctx.call, ctx.gradient_rows = call, rows
-        ctx.terms = [group.terms for group in call.parts.groups]
+        ctx.used = call.parts.used()
         held = None if call.parcel is not None else x
         ctx.save_for_backward(held, cos, sin, mask, *params, *kept.attention, *(getattr(kept, name) for name in _SINGLE))
         ctx.counts = (len(params), len(kept.attention))
@@ -76,8 +76,7 @@ class LayerFunction(torch.autograd.Function):
             found = parcel.fetch()
             x, kept.out, kept.mid = found["x"], found.get("out"), found.get("mid")
             del found
-        for group, terms in zip(p.groups, ctx.terms, strict=True):
-            group.use(terms)
+        p.use(ctx.used)
         need_dx = ctx.needs_input_grad[0]
         width = p.d + max(p.o.rank, p.down.rank)
         with torch.autocast(x.device.type, enabled=False):

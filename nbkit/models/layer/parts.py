@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nbkit.families import Family
-from nbkit.models.layer.adapters import Unfit
+from nbkit.models.layer.adapters import Unfit, Watch, base_of, foreign, hooks_made
 from nbkit.models.layer.weights import Group, Scratch
 
 
@@ -25,8 +25,12 @@ class Parts:
         self.gate_up = Group("gate_up", mlp, (family.mlp.gate, family.mlp.up), scratch)
         self.down = Group("down", mlp, (family.mlp.down,), scratch)
         self.groups = (self.qkv, self.o, self.gate_up, self.down)
-        self.norms = (layer.get_submodule(family.norm.attention), layer.get_submodule(family.norm.mlp))
+        self.norm_names = (family.norm.attention, family.norm.mlp)
+        self.norms = self._norms()
         self.norms_trained = (False, False)
+        self.blocks = (attention, mlp)
+        self.odd: str | None = None  # what of the layer is not as its class has it
+        self.seen: tuple[Any, ...] = ()  # what tells that it has to be looked for again
         self.eps = float(getattr(self.norms[0], family.norm.eps))
         self.k = int(getattr(attention, "head_dim", 0) or config.hidden_size // config.num_attention_heads)
         self.h, self.g = config.num_attention_heads, config.num_key_value_heads
@@ -45,17 +49,55 @@ class Parts:
 
     def refresh(self) -> bool:
         """Read the adapters again; True if any changed. Raises: Unfit."""
-        trained = tuple(norm.weight.requires_grad for norm in self.norms)
-        changed, self.norms_trained = trained != self.norms_trained, trained
+        norms = self._norms()
+        trained = tuple(norm.weight.requires_grad for norm in norms)
+        changed = trained != self.norms_trained or any(a is not b for a, b in zip(norms, self.norms, strict=True))
+        self.norms, self.norms_trained = norms, trained
         for group in self.groups:
             changed |= group.refresh()
             group.bring_bias()
+        seen = (hooks_made(), *(vars(module).get("forward") for module in (*self.blocks, *norms)))
+        if changed or self.odd is not None or seen != self.seen:
+            self.odd, self.seen = foreign(self._inside()), seen
+        if self.odd is not None:
+            raise Unfit(self.odd)
         return changed
+
+    def used(self) -> tuple[Any, ...]:
+        """What a forward reads now, for `use` in its backward."""
+        return (self.norms, self.norms_trained, *(group.used for group in self.groups))
+
+    def use(self, used: tuple[Any, ...]) -> None:
+        """Put back what a forward read: adapters, and with them copies of linears and norms, may have been switched since."""
+        self.norms, self.norms_trained, *of_groups = used
+        for group, one in zip(self.groups, of_groups, strict=True):
+            group.use(one)
+
+    def _norms(self) -> tuple[Any, Any]:
+        first, second = (base_of(self.layer.get_submodule(name)) for name in self.norm_names)
+        return first, second
+
+    def _inside(self) -> list[tuple[str, nn.Module]]:
+        """Every module whose work the fused steps do."""
+        return [(name, module) for name, module in self.layer.named_modules() if name]
+
+    def report_to(self, everything: Watch) -> bool:
+        """Add what `refresh` looks at; False if it has to be asked each time."""
+        everything.places += [(vars(m), "forward", vars(m).get("forward")) for m in (*self.blocks, *self.norms)]
+        everything.places.append((vars(self), "norms", self.norms))
+        for name in self.norm_names:
+            everything.look(*_parent(self.layer, name))
+        return all([group.report_to(everything) for group in self.groups])
 
     def parameters(self) -> list[Tensor]:
         """All that is trained, group by group and then the norms: the order in which the backward gives their gradients."""
         norms = [n.weight for n, trained in zip(self.norms, self.norms_trained, strict=True) if trained]
         return [p for group in self.groups for p in group.parameters()] + norms
+
+
+def _parent(layer: nn.Module, path: str) -> tuple[nn.Module, list[str]]:
+    above, _, name = path.rpartition(".")
+    return layer.get_submodule(above), [name]
 
 
 def window_of(family: Family, config: Any, index: int) -> int | None:

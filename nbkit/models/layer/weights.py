@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,36 +55,57 @@ class Own(NamedTuple):
     stop: int
 
 
+class Used(NamedTuple):
+    """What a forward read: terms of adapters, what of the linears is trained, and the linears, which PEFT may switch."""
+
+    terms: list[Term]
+    own: list[Own]
+    bases: list[Any]
+
+
 class Group:
     """The linears `names` of `parent`, which read the same input. `name` is "qkv", "o", "gate_up" or "down"."""
 
     def __init__(self, name: str, parent: nn.Module, names: Sequence[str], scratch: Scratch) -> None:
         self.name, self.parent, self.names, self.scratch = name, parent, tuple(names), scratch
-        bases = [base_of(parent.get_submodule(n)) for n in names]
-        self.sizes = tuple(b.out_features for b in bases)
-        self.inputs, self.outputs = bases[0].in_features, sum(self.sizes)
-        self.device: torch.device = bases[0].weight.device
-        if any(b.in_features != self.inputs or b.weight.device != self.device for b in bases):
-            raise Unfit(f"{', '.join(names)} differ in input size or device")
-        self.packed = [Nf4.of(b.weight) for b in bases]
-        if any(self.packed) and not all(self.packed):
-            raise Unfit(f"{', '.join(names)} are stored in different formats")
-        self.nf4 = all(self.packed)
-        self.dtype = self._dtype(bases)
-        self.bias = self._bias(bases)
         self.copied = False  # NF4: whether a dequantised copy is held for good
         self.buffer: Tensor | None = None  # None: before the first use, and for NF4 that is not copied
         self.terms: list[Term] = []
         self.own: list[Own] = []
         self.rank = 0  # border columns in use, padded to RANK_STEP
         self._watch: Watch | None = None
+        self._look_at([base_of(parent.get_submodule(n)) for n in names])
+        self.used = Used([], [], self.bases)
+
+    def _look_at(self, bases: list[Any]) -> None:
+        """Take these as the linears of the group. Raises: Unfit where they do not go together."""
+        names = ", ".join(self.names)
+        odd = next((b for b in bases if not isinstance(b, nn.Linear)), None)
+        if odd is not None:
+            raise Unfit(f"one of {names} is a {_kind(odd)}, not a plain or NF4 linear")
+        self.bases = bases
+        self.sizes = tuple(b.out_features for b in bases)
+        self.inputs, self.outputs = bases[0].in_features, sum(self.sizes)
+        self.device: torch.device = bases[0].weight.device
+        if any(b.in_features != self.inputs or b.weight.device != self.device for b in bases):
+            raise Unfit(f"{names} differ in input size or device")
+        self.packed = [Nf4.of(b.weight) for b in bases]
+        if any(self.packed) and not all(self.packed):
+            raise Unfit(f"{names} are stored in different formats")
+        self.nf4 = all(self.packed)
+        self.dtype = self._dtype(bases)
+        self.bias = self._bias(bases)
 
     def _dtype(self, bases: Sequence[nn.Module]) -> torch.dtype:
         if self.nf4:
             found = {b.compute_dtype for b in bases}
         else:
-            if any(type(b) is not nn.Linear for b in bases):
-                raise Unfit(f"{', '.join(self.names)} are {type(bases[0]).__name__}, not plain or NF4 linears")
+            odd = next((b for b in bases if type(b) is not nn.Linear), None)
+            if odd is not None:
+                raise Unfit(f"one of {', '.join(self.names)} is a {_kind(odd)}, not a plain or NF4 linear")
+            odd = next((b.weight for b in bases if type(b.weight) not in (nn.Parameter, Tensor)), None)
+            if odd is not None:
+                raise Unfit(f"a weight of {', '.join(self.names)} is a {_kind(odd)}, a format that no kernel here knows")
             found = {b.weight.dtype for b in bases}
         if len(found) != 1 or not next(iter(found)).is_floating_point:
             raise Unfit(f"{', '.join(self.names)} compute in different dtypes")
@@ -103,6 +124,7 @@ class Group:
         if self._watch is not None and self._watch.fresh() and self.in_place():
             return False
         modules = self.parent._modules
+        self._follow([base_of(modules[n]) for n in self.names])
         found: list[Term] = []
         start = offset = 0
         own: list[Own] = []
@@ -112,16 +134,30 @@ class Group:
             of_linear = terms(module, start, start + size, offset, name)
             found += of_linear
             start, offset = start + size, offset + sum(t.rank for t in of_linear)
-        if any(o.weight is not None for o in own) and found:
-            raise Unfit(f"{', '.join(self.names)} train their own weights and an adapter's")
-        self.device = base_of(modules[self.names[0]]).weight.device
+        self.device = self.bases[0].weight.device
         if self.nf4 and not self.in_place():  # the model was moved
-            self.packed = [Nf4.of(base_of(modules[n]).weight) for n in self.names]
+            self.packed = [Nf4.of(base.weight) for base in self.bases]
             self.buffer = None
-        self.own = own
-        self.terms, self.rank, self._watch = found, round_up(offset, RANK_STEP), Watch(self.parent, self.names)
-        self._adopt()
+        self._take(Used(found, own, self.bases))
+        self._watch = Watch(self.parent, self.names)
         return True
+
+    def _take(self, used: Used) -> None:
+        self.used, self.terms, self.own = used, used.terms, used.own
+        self.rank = round_up(max((t.offset + t.rank for t in used.terms), default=0), RANK_STEP)
+        self._adopt()
+
+    def _follow(self, bases: list[Any]) -> None:
+        """Take the linears that are in use now, where PEFT has switched to or from a trained copy. Raises: Unfit."""
+        left = [base for base in self.bases if all(base is not one for one in bases)]
+        if not left:
+            return
+        if self.buffer is not None and not self.nf4:
+            for base in left:
+                base.weight.data = base.weight.detach().clone(memory_format=torch.contiguous_format)
+        self.buffer = None
+        self.scratch.owner.pop(self.name, None)
+        self._look_at(bases)
 
     def _own_of(self, base: nn.Module, name: str, start: int, stop: int) -> list[Own]:
         """What of the linear itself is trained. Raises: Unfit for a packed weight."""
@@ -133,29 +169,26 @@ class Group:
     def bring_bias(self) -> None:
         """Where a bias is trained, the side-by-side copy of them follows it."""
         if any(o.bias is not None for o in self.own):
-            self.bias = self._bias([base_of(self.parent._modules[n]) for n in self.names])
+            self.bias = self._bias(self.bases)
 
     def parameters(self) -> list[Tensor]:
         """All that is trained: A and B of each term, then weights and biases of the linears themselves."""
         lora = [p for t in self.terms for p in (t.a, t.b)]
         return lora + [p for o in self.own for p in (o.weight, o.bias) if p is not None]
 
-    def use(self, used: list[Term]) -> None:
-        """Put back the terms that a forward used, where another adapter was switched to between it and its backward."""
-        if used is self.terms:
+    def use(self, used: Used) -> None:
+        """Put back what a forward used, where another adapter was switched to between it and its backward."""
+        if used is self.used:
             return
-        self.terms = used
-        self.rank = round_up(max((t.offset + t.rank for t in used), default=0), RANK_STEP)
+        self._follow(used.bases)
         self._watch = None
         self.scratch.owner.pop(self.name, None)
-        self._adopt()
+        self._take(used)
 
     def in_place(self) -> bool:
         """Whether the modules' weights are where they were last seen; `model.to()` would have given them new storage."""
         place = self.packed[0].data if self.nf4 else self.buffer
-        module = self.parent._modules[self.names[0]]
-        base = module._modules.get("base_layer", module)
-        return place is not None and base._parameters["weight"].data_ptr() == place.data_ptr()
+        return place is not None and self.bases[0]._parameters["weight"].data_ptr() == place.data_ptr()
 
     def report_to(self, everything: Watch) -> bool:
         """Add what `refresh` looks at; False if it has to be asked each time."""
@@ -163,7 +196,7 @@ class Group:
             return False
         everything.add(self._watch)
         everything.places.append((vars(self), "_watch", self._watch))
-        base = base_of(self.parent._modules[self.names[0]])
+        base = self.bases[0]
         everything.places.append((base._parameters, "weight", base._parameters["weight"]))
         everything.addresses.append((base._parameters["weight"], base._parameters["weight"].data_ptr()))
         everything.addresses += [(p, p.data_ptr()) for t in self.terms for p in (t.a, t.b)]
@@ -219,8 +252,7 @@ class Group:
             self._dequantise(buffer)
             return buffer
         start = 0
-        for name in self.names:
-            base = base_of(self.parent._modules[name])
+        for base in self.bases:
             rows = buffer[start : start + base.out_features, : self.inputs]
             rows.copy_(base.weight.detach())
             base.weight.data = rows
@@ -235,7 +267,11 @@ class Group:
     def release(self) -> None:
         """Give each module its own contiguous weight back."""
         if self.buffer is not None and not self.nf4 and self.in_place():
-            for name in self.names:
-                base = base_of(self.parent._modules[name])
+            for base in self.bases:
                 base.weight.data = base.weight.detach().contiguous().clone()
         self.buffer, self._watch = None, None
+
+
+def _kind(thing: object) -> str:
+    """A class with the library it is from: many are called Linear."""
+    return f"{type(thing).__name__} of {type(thing).__module__.split('.')[0]}"
