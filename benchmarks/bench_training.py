@@ -1,446 +1,383 @@
-"""Training steps per second of a whole model: nbkit against transformers + PEFT, same weights, same batches, interleaved.
+"""Training steps of a whole model: nbkit beside transformers + PEFT, Liger and Unsloth; same weights, same batches, interleaved.
 
-usage: python benchmarks/bench_training.py ROW... [--out FILE.csv] [--arms nbkit,stock,liger,eager] [--rounds 3] [--profile]
+usage: python -m benchmarks.bench_training ROW... [--arms stock,liger,unsloth,eager,nbkit] [--out FILE.csv] [--budget SECONDS]
 ROW is MODEL:WEIGHTS:BATCHxTOKENS[:OPTION...], for example 8b:nf4:2x2048 or 1b:bf16:2x512:r32:L4. Options:
-    r32         LoRA's rank, 16 if not said                  L4       keep level of nbkit; checkpointing for stock from L1 up
+    r32         LoRA's rank, 16 if not said                  L4       keep level of nbkit; checkpointing for the peers from L1 up
     within6.8   GiB that torch may allocate                   cap16    GB of the whole process (0.9 of them for CUDA itself)
-    save        nbkit saves memory as checkpointing asks      once     one optimizer step, nothing before it; for steps of minutes
+    save        memory is saved as checkpointing asks         once     one optimizer step, nothing before it; for steps of minutes
 
-Weights are random at the true shapes of Llama-3.1-8B and Llama-3.2-1B. A timed step has a fresh batch of random tokens, all
-labelled, and includes clipping and the optimizer (torch's fused AdamW), in the same plain loop for every arm. Before timing, both
-arms take the same batch from the same adapter: their losses and gradient norms stand beside the speeds. Peaks are
-torch.cuda.max_memory_allocated over an arm's round, its warm-up (where steps are recorded) included.
+Weights are random at the true shapes of Llama-3.1-8B and Llama-3.2-1B, made from one seed in every process (Unsloth reads them
+from a folder). A timed step has a fresh batch of random tokens, all labelled, and includes clipping and the optimizer, in the
+same plain loop for every arm. Before timing, every arm takes the same batch from the same adapter: losses, gradient norms and the
+difference of the gradients from the first arm's stand beside the speeds. Each arm is a process of its own (Unsloth changes
+transformers for all of its process), waits while another is timed, and keeps nothing but its model then; up to 16,384 tokens a
+step the arms take turns in every round, above one after the other, each alone on the GPU. Peers run without checkpointing where
+memory allows it and with it where not ("how" names it); Unsloth with its own ("unsloth") and without ("unsloth-free"). Peaks are
+torch.cuda.max_memory_allocated of the process, the recording of steps included; "forecast_gib" is what the planner said before.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import gc
-import platform
+import importlib.util
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
-import torch
+import numpy as np
 
-SHAPES = {
-    "8b": dict(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, tie_word_embeddings=False
-    ),
-    "1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, tie_word_embeddings=True),
-    "toy": dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=8, tie_word_embeddings=False),
-}
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+from benchmarks._arms import ARMS, Wanted
+from benchmarks._models import SHAPES, TARGETS, build, folder_for
+from benchmarks._process import Failed, Process
+from benchmarks._results import ROOT, append, commit, stamp, versions, write
 
+__all__ = ["SHAPES", "TARGETS", "build", "commit", "versions", "write"]  # what other benchmarks take from here
 
-def build(name: str, weights: str, rank: int) -> torch.nn.Module:
-    """A random model on the GPU, NF4 (double quantisation) or bf16, with LoRA in float32 on all seven linears, B not zero."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    rope = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
-    config = LlamaConfig(
-        vocab_size=128256, max_position_embeddings=131072, rms_norm_eps=1e-5, num_key_value_heads=8, pad_token_id=2,
-        rope_parameters=dict(rope, original_max_position_embeddings=8192), **SHAPES[name],
-    )  # fmt: skip
-    config._attn_implementation = "sdpa"
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(before)
-    if weights == "nf4":
-        to_nf4(model.model)
-    model.requires_grad_(False)
-    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, task_type="CAUSAL_LM"))
-    for n, p in model.named_parameters():
-        if "lora_B" in n:
-            p.data.normal_(0, 0.01)
-    return model.train()
+GIB = 2**30
+TURNS = 16384  # tokens a step from which one arm at a time is on the GPU
+SHARE = 0.5  # of a row's budget that one arm may take
+ROUND = 5.0  # seconds of timed steps of one arm in one round
+SAME = "nothing is recorded at this size: as nbkit"
 
 
-def to_nf4(module: torch.nn.Module) -> None:
-    import bitsandbytes as bnb
+def parse(row: str) -> Wanted:
+    """What a row asks for.
 
-    for name, child in list(module.named_children()):
-        if isinstance(child, torch.nn.Linear):
-            with torch.device("meta"):
-                new = bnb.nn.Linear4bit(
-                    child.in_features, child.out_features, False, compute_dtype=torch.bfloat16, quant_type="nf4"
-                )
-            data, state = bnb.functional.quantize_4bit(child.weight.data, quant_type="nf4", compress_statistics=True)
-            new.weight = bnb.nn.Params4bit(
-                data,
-                requires_grad=False,
-                quant_state=state,
-                quant_type="nf4",
-                compress_statistics=True,
-                bnb_quantized=True,
-                module=new,
-            )
-            new.quant_state = state
-            child.weight = None
-            setattr(module, name, new)
+    Raises:
+        SystemExit: for a row that is not MODEL:WEIGHTS:BATCHxTOKENS[:OPTION...].
+    """
+    name, weights, sizes, *options = (row.lower() + "::").rstrip(":").split(":") if row.count(":") >= 2 else ("", "", "")
+    batch, _, tokens = sizes.partition("x")
+    made: dict[str, Any] = {"rank": 16}
+    for option in options:
+        if option in ("save", "once"):
+            made[option] = True
+        elif option[:1] in ("r", "l") and option[1:].isdigit():
+            made["rank" if option[0] == "r" else "level"] = int(option[1:])
+        elif option.startswith("within"):
+            made["limit"] = int(float(option[6:]) * GIB)
+        elif option.startswith("cap"):
+            made["limit"] = int((float(option[3:]) - 0.9) * 1e9)
         else:
-            to_nf4(child)
+            raise SystemExit(f"{row!r}: {option!r} is no option; there are rN, LN, withinGIB, capGB, save and once.")
+    if name not in SHAPES or weights not in ("nf4", "bf16") or not (batch.isdigit() and tokens.isdigit()):
+        raise SystemExit(f"{row!r} is no row; write MODEL:WEIGHTS:BATCHxTOKENS, for example 8b:nf4:2x2048.")
+    return Wanted(name, weights, batch=int(batch), tokens=int(tokens), **made)
 
 
-class Nbkit:
-    """The patched model, as `nbkit.patch` leaves it."""
+class Table:
+    """The results of one row: an arm a line."""
 
-    name = "nbkit"
-    graphs = True
-    optimizer_bytes = 8  # what a trainer would say of its optimizer
+    def __init__(self, row: str, wanted: Wanted, arms: list[str], optimizer: str) -> None:
+        self.wanted = wanted
+        self.lines: dict[str, dict[str, Any]] = {arm: {"row": row, "arm": arm, "optimizer": optimizer} for arm in arms}
+        self.seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+        self.notes: dict[str, list[str]] = {arm: [] for arm in arms}
+        self.peaks: dict[str, int] = dict.fromkeys(arms, 0)
 
-    def __init__(self, level: int | None, save: bool = False) -> None:
-        self.level, self.save = level, save
+    def note(self, arm: str, text: str) -> None:
+        if text and text not in self.notes[arm]:
+            self.notes[arm].append(text)
 
-    def enter(self, model: torch.nn.Module) -> None:
-        import nbkit
-        from nbkit.models.layer import Keep, binding_of
+    def begun(self, arm: str, reply: dict[str, Any]) -> None:
+        self.lines[arm] |= {"loss": round(reply["loss"], 5), "grad_norm": round(reply["grad_norm"], 6)}
+        self.lines[arm]["warmups"] = reply.get("passes", 0)
+        self.peaks[arm] = max(self.peaks[arm], reply["peak"])
+        self.note(arm, reply.get("note", ""))
 
-        nbkit.patch(model, graphs=self.graphs)  # the planner decides where the row names no level
-        binding_of(model).checkpoint = "nbkit" if self.save else None
-        binding_of(model).optimizer_bytes = self.optimizer_bytes
-        if self.level is not None:
-            binding_of(model).keep = Keep(self.level)
+    def timed(self, arm: str, reply: dict[str, Any], warm: int) -> None:
+        """Takes a round's figures."""
+        line = self.lines[arm]
+        self.seconds[arm] += reply["seconds"]
+        line["warmups"] = line.get("warmups", 0) + warm
+        self.peaks[arm] = max(self.peaks[arm], reply["peak"])
+        line["static_gib"], line["how"] = round(reply["static"] / GIB, 2), reply["how"]
+        if reply["forecast"] is not None:
+            line["forecast_gib"] = round(reply["forecast"] / GIB, 2)
 
-    def prepare(self, model: torch.nn.Module, tokens: int) -> None:
-        """Plan and pin host memory, which a first step would do by itself."""
-        from nbkit.models.layer import binding_of
-
-        binding_of(model).prepare(tokens)
-
-    def leave(self, model: torch.nn.Module) -> None:
-        import nbkit
-        from nbkit.models.forwards import GRAPHS
-        from nbkit.models.layer import binding_of
-
-        graphs, binding = vars(model.get_base_model()).get(GRAPHS), binding_of(model)
-        plan = binding.planner.plan
-        print(f"  {self.name}: {plan}; {sorted(binding.how)}; {graphs.note if graphs else 'no graphs'}; stock {binding.reasons}")
-        nbkit.unpatch(model)
-
-
-class Eager(Nbkit):
-    """The patched model without CUDA graphs."""
-
-    name = "eager"
-    graphs = False
-
-
-class Liger:
-    """transformers + PEFT with Liger's kernels on a model of its own: what it binds is not taken off again."""
-
-    name = "liger"
-
-    def __init__(self, level: int | None, save: bool = False) -> None:
-        self.stock = Stock(level, save)
-
-    def own(self, name: str, weights: str, rank: int) -> torch.nn.Module:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-        model = build(name, weights, rank)
-        apply_liger_kernel_to_llama(model=model.get_base_model())
-        return model
-
-    def enter(self, model: torch.nn.Module) -> None:
-        self.stock.enter(model)
-
-    def leave(self, model: torch.nn.Module) -> None:
-        self.stock.leave(model)
-
-    def prepare(self, model: torch.nn.Module, tokens: int) -> None:
-        """Nothing."""
+    def result(self) -> list[dict[str, Any]]:
+        """The lines with medians and peaks, as far as the arms came."""
+        for arm, line in self.lines.items():
+            seconds = sorted(self.seconds[arm])
+            if seconds:
+                middle = statistics.median(seconds)
+                line |= {"ms": round(1e3 * middle, 2), "p90_ms": round(1e3 * seconds[int(0.9 * (len(seconds) - 1))], 2)}
+                line |= {"tok_s": round(self.wanted.rows / middle), "steps": len(seconds)}
+            if self.peaks[arm]:
+                line["peak_gib"] = round(self.peaks[arm] / GIB, 2)
+                if "forecast_gib" in line:
+                    line["forecast_ratio"] = round(line["forecast_gib"] * GIB / self.peaks[arm], 3)
+            line["note"] = "; ".join(self.notes[arm])
+        return list(self.lines.values())
 
 
-class Stock:
-    """transformers + PEFT, sdpa; without checkpointing, or with it where the row names a level from 1 up."""
+class Bench:
+    """The processes of all arms, and the rows they run."""
 
-    name = "stock"
+    def __init__(self, given: argparse.Namespace, scratch: Path) -> None:
+        self.given, self.scratch = given, scratch
+        self.processes: dict[str, Process] = {}
+        self.writing: subprocess.Popen[bytes] | None = None
 
-    def __init__(self, level: int | None, save: bool = False) -> None:
-        self.checkpointed = bool(level) or save
+    def start(self, arm: str) -> Process:
+        """The arm's process, a new one if there is none (any more)."""
+        name = ARMS[arm].process
+        if name not in self.processes or not self.processes[name].alive:
+            self.processes[name] = Process(name, self.given.device)
+        return self.processes[name]
 
-    def enter(self, model: torch.nn.Module) -> None:
-        if self.checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
+    def stop(self, *names: str) -> None:
+        """End the named processes, all if none is named."""
+        for name in names or tuple(self.processes):
+            if name in self.processes:
+                self.processes.pop(name).stop()
+        if not names and self.writing is not None:
+            self.writing.kill()
+            self.writing.wait()
 
-    def prepare(self, model: torch.nn.Module, tokens: int) -> None:
-        """Nothing."""
+    def send(self, arm: str, table: Table, do: str, /, **arguments: Any) -> bool:
+        """Give a command; False, with a note, if the arm's process has ended."""
+        try:
+            self.processes[ARMS[arm].process].send(do, **arguments)
+        except Failed as failure:
+            table.note(arm, f"{do}: {failure}")
+            return False
+        return True
 
-    def leave(self, model: torch.nn.Module) -> None:
-        if self.checkpointed:
-            model.gradient_checkpointing_disable()
-            model.disable_input_require_grads()
+    def answer(self, arm: str, table: Table, limit: float, do: str) -> dict[str, Any] | None:
+        """The reply to a command; None, with a note in the table, where it failed or was not there at `limit`."""
+        try:
+            return self.processes[ARMS[arm].process].reply(limit - time.monotonic())
+        except Failed as failure:
+            table.note(arm, f"{do}: {failure}")
+            return None
 
+    def ask(self, arm: str, table: Table, limit: float, do: str, /, **arguments: Any) -> dict[str, Any] | None:
+        return self.answer(arm, table, limit, do) if self.send(arm, table, do, **arguments) else None
 
-def step(model, optimizer, ids) -> tuple[torch.Tensor, torch.Tensor]:
-    loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss.detach(), norm
+    # -- one row -----------------------------------------------------------------------------------
 
+    def run(self, table: Table, arms: list[str], seconds: float) -> None:
+        """All arms of a row, within so many seconds."""
+        deadline = time.monotonic() + seconds
+        missing = [arm for arm in arms if importlib.util.find_spec(ARMS[arm].needs) is None]
+        for arm in missing:
+            table.note(arm, f"{ARMS[arm].needs} is not installed")
+            print(f"{arm}: {ARMS[arm].needs} is not installed, its arm is left out", flush=True)
+        going = [arm for arm in arms if arm not in missing]
+        if table.wanted.once or table.wanted.rows > TURNS:
+            self.in_turn(table, going, deadline)
+        else:
+            self.interleaved(table, going, deadline, SHARE * seconds)
+        self.differences(table, going)
 
-def timed(model, optimizer, make, steps: int, vocab: int, shape: tuple[int, int]) -> list[float]:
-    seconds = []
-    for _ in range(steps):
-        ids = torch.randint(3, vocab - 1, shape, device="cuda", generator=make)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        step(model, optimizer, ids)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return seconds
+    def load(self, arm: str, table: Table) -> bool:
+        """Start the loading of the row's model; `answer` says when it is done."""
+        self.start(arm)
+        return self.send(arm, table, "load", wanted=vars(table.wanted), arm=arm, optimizer=self.given.optimizer)
 
+    def begin(self, arm: str, table: Table, limit: float) -> dict[str, Any] | None:
+        if self.given.truth and not Path(self.file("truth")).exists():
+            self.ask(arm, table, limit, "truth", grads=self.file("truth"))
+        reply = self.ask(arm, table, limit, "begin", arm=arm, grads=self.file(arm))
+        if reply is not None:
+            table.begun(arm, reply)
+        return reply
 
-def parity(model, ids) -> tuple[float, float, torch.Tensor]:
-    """Loss, gradient norm and the gradients in one vector, on the CPU."""
-    loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
-    flat = torch.cat([p.grad.float().reshape(-1) for p in model.parameters() if p.requires_grad]).cpu()
-    model.zero_grad(set_to_none=True)
-    return float(loss), float(flat.norm()), flat
+    def round(self, arm: str, table: Table, limit: float, number: int, warm: int, steps: int) -> bool:
+        reply = self.ask(arm, table, limit, "round", arm=arm, number=number, warm=warm, steps=steps, seconds=ROUND)
+        if reply is not None:
+            table.timed(arm, reply, warm)
+        return reply is not None
 
+    def write_folder(self, wanted: Wanted) -> None:
+        """Begin to write what Unsloth reads, beside what else starts."""
+        folder = folder_for(wanted.name, wanted.weights)
+        if not (folder / "config.json").is_file():
+            command = [sys.executable, "-m", "benchmarks._models", wanted.name, wanted.weights, str(folder)]
+            self.writing = subprocess.Popen([*command, "--device", self.given.device], cwd=ROOT, stdin=subprocess.DEVNULL)
 
-def float32_gradients(model, ids) -> torch.Tensor:
-    """The gradients of a float32 copy of the model (NF4 dequantised exactly), with checkpointing."""
-    import copy
+    def interleaved(self, table: Table, arms: list[str], deadline: float, most: float) -> None:
+        """All models at once on the GPU: each arm's first batch, then rounds in which each has its turn."""
+        foreign = [arm for arm in arms if ARMS[arm].process == "unsloth"]
+        near = sorted((arm for arm in arms if arm not in foreign), key=("nbkit", "stock", "liger", "eager").index)
+        if foreign:
+            self.start(foreign[0])  # it takes long to import
+            self.write_folder(table.wanted)
+        ready = {arm: self.load(arm, table) for arm in near if arm != "eager"}
+        ready = {arm: sent and self.answer(arm, table, deadline, "load") is not None for arm, sent in ready.items()}
+        going, recorded = [], True
+        for arm in near:  # nbkit first: its plan is made while nothing else is in use
+            if arm == "eager" and not recorded:
+                table.note(arm, SAME)
+                continue
+            limit = min(deadline, time.monotonic() + most)
+            if arm == "eager":
+                ready[arm] = self.load(arm, table) and self.answer(arm, table, limit, "load") is not None
+            reply = self.begin(arm, table, limit) if ready[arm] else None
+            going += [arm] if reply is not None else []
+            recorded = reply["recorded"] if arm == "nbkit" and reply is not None else recorded
+            if arm == near[0] and foreign:
+                ready[foreign[0]] = self.load_foreign(foreign[0], table, deadline)
+        if foreign and not near:
+            ready[foreign[0]] = self.load_foreign(foreign[0], table, deadline)
+        limit = min(deadline, time.monotonic() + most)
+        if foreign and ready[foreign[0]] and self.answer(foreign[0], table, limit, "load") is not None:
+            going += [arm for arm in foreign if self.begin(arm, table, min(deadline, time.monotonic() + most)) is not None]
+        self.rounds(table, sorted(going, key=arms.index), deadline, most)
 
-    import bitsandbytes as bnb
-
-    twin = copy.deepcopy(model)
-    for parent in list(twin.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, bnb.nn.Linear4bit):
-                full = torch.nn.Linear(child.in_features, child.out_features, False, device="meta")
-                full.weight = torch.nn.Parameter(
-                    bnb.functional.dequantize_4bit(child.weight.data, child.weight.quant_state).float(), False
-                )
-                if hasattr(parent, "base_layer") and name == "base_layer":
-                    parent.base_layer = full
-                else:
-                    setattr(parent, name, full)
-    twin = twin.float()
-    twin.gradient_checkpointing_enable({"use_reentrant": False})
-    twin.enable_input_require_grads()
-    flat = parity(twin, ids)[2]
-    del twin
-    gc.collect()
-    torch.cuda.empty_cache()
-    return flat
-
-
-def limit(options: list[str]) -> None:
-    """Set what torch may allocate, as the row says."""
-    total = torch.cuda.mem_get_info()[1]
-    within = next((float(o[6:]) * 2**30 for o in options if o.startswith("within")), None)
-    cap = next(((float(o[3:]) - 0.9) * 1e9 for o in options if o.startswith("cap")), None)
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (within or cap or total) / total))
-
-
-def optimizer_of(model, eight_bit: bool) -> torch.optim.Optimizer:
-    params = [p for p in model.parameters() if p.requires_grad]
-    if eight_bit:
-        from nbkit.training.optim import AdamW8bit
-
-        return AdamW8bit(params, lr=1e-4)
-    return torch.optim.AdamW(params, lr=1e-4, fused=True)
-
-
-def run_once(row: str, model, arms: list, shape: tuple[int, int], eight_bit: bool) -> list[dict]:
-    """One full optimizer step of each arm, the first of its process: compiling is in its time; planning and pinning beside it."""
-    found = []
-    for arm in arms:
-        make = torch.Generator("cuda").manual_seed(1)
-        optimizer = optimizer_of(model, eight_bit)
-        ids = torch.randint(3, model.config.vocab_size - 1, shape, device="cuda", generator=make)
-        with entered(arm, model):
-            start = time.perf_counter()
-            arm.prepare(model, shape[0] * shape[1])
-            torch.cuda.synchronize()
-            prepared = time.perf_counter() - start
-            torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            loss, norm = step(model, optimizer, ids)
-            torch.cuda.synchronize()
-            seconds = time.perf_counter() - start
-            free, total = torch.cuda.mem_get_info()
-            result = dict(row=row, arm=arm.name, loss=round(float(loss), 5), grad_norm=round(float(norm), 6), steps=1)
-            result |= dict(ms=round(seconds * 1e3), prepared_s=round(prepared, 1), tok_s=round(shape[0] * shape[1] / seconds))
-            result |= dict(
-                peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2), process_gb=round((total - free) / 1e9, 2)
-            )
-            found.append(result)
-    return found
-
-
-def run_row(row: str, arms: list[str], rounds: int, steps: int, profile: bool, truth_wanted: bool, eight_bit: bool) -> list[dict]:
-    name, weights, sizes, *options = row.split(":")
-    batch, tokens = (int(n) for n in sizes.split("x"))
-    rank = next((int(o[1:]) for o in options if o[0] == "r"), 16)
-    level = next((int(o[1:]) for o in options if o[0] == "L"), None)
-    torch.cuda.set_per_process_memory_fraction(1.0)
-    model = build(name, weights, rank)
-    vocab = model.config.vocab_size
-    chosen = [arm(level, "save" in options) for arm in (Stock, Liger, Eager, Nbkit) if arm.name in arms]
-    limit(options)
-    if "once" in options:
-        return run_once(row, model, chosen, (batch, tokens), eight_bit)
-    models = {arm.name: arm.own(name, weights, rank) if isinstance(arm, Liger) else model for arm in chosen}
-    make = torch.Generator("cuda").manual_seed(1)
-    ids = torch.randint(3, vocab - 1, (batch, tokens), device="cuda", generator=make)
-    results, truth = {}, float32_gradients(model, ids) if truth_wanted else None
-    for arm in chosen:
-        with entered(arm, models[arm.name]):
-            for _ in range(4):  # the second takes the attention of a repeated shape, the third may be a graph
-                loss, norm, flat = parity(models[arm.name], ids)
-        truth = flat if truth is None else truth
-        difference = float((flat - truth).norm() / truth.norm())
-        results[arm.name] = dict(
-            row=row, arm=arm.name, loss=round(loss, 5), grad_norm=round(norm, 6), grad_difference=round(difference, 5)
-        )
-        del flat
-    optimizers = {id(m): optimizer_of(m, eight_bit) for m in models.values()}
-    seconds: dict[str, list[float]] = {arm.name: [] for arm in chosen}
-    for round_ in range(rounds):
-        for arm in chosen:
-            gc.collect()
-            torch.cuda.empty_cache()
-            own = models[arm.name]
-            optimizer = optimizers[id(own)]
-            others = sum(bytes_of(m) for m in {id(m): m for m in models.values()}.values() if m is not own)
-            with entered(arm, own):
-                torch.cuda.reset_peak_memory_stats()  # before the warm-up: a recorded step allocates while it is recorded only
-                timed(own, optimizer, make, 4, vocab, (batch, tokens))
-                seconds[arm.name] += timed(own, optimizer, make, steps, vocab, (batch, tokens))
-                results[arm.name]["peak_gib"] = round((torch.cuda.max_memory_allocated() - others) / 2**30, 2)
-                results[arm.name]["static_gib"] = round((torch.cuda.memory_allocated() - others) / 2**30, 2)  # between steps
-                if profile and round_ == rounds - 1:
-                    show_profile(own, optimizer, ids, f"{row} {arm.name}")
-    for arm in chosen:
-        t = statistics.median(seconds[arm.name])
-        results[arm.name].update(ms=round(t * 1e3, 2), tok_s=round(batch * tokens / t), steps=len(seconds[arm.name]))
-        spread = sorted(seconds[arm.name])
-        results[arm.name]["p90_ms"] = round(spread[int(0.9 * (len(spread) - 1))] * 1e3, 2)
-    return list(results.values())
-
-
-def bytes_of(model: torch.nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-class entered:  # in lower case: it reads as a keyword
-    def __init__(self, arm, model) -> None:
-        self.arm, self.model = arm, model
-
-    def __enter__(self) -> None:
-        self.arm.enter(self.model)
-
-    def __exit__(self, *_) -> None:
-        self.arm.leave(self.model)
-
-
-def show_profile(model, optimizer, ids, title: str) -> None:
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiled
-
-    with profiled(activities=[ProfilerActivity.CUDA]) as seen:
-        step(model, optimizer, ids)
-        torch.cuda.synchronize()
-    table = [e for e in seen.key_averages() if e.self_device_time_total > 0]
-    total = sum(e.self_device_time_total for e in table)
-    print(f"PROFILE {title}: {total / 1e3:.1f} ms of device time, {sum(e.count for e in table)} launches")
-    if sum(e.count for e in table):
-        show_host(model, optimizer, ids)
-    for e in sorted(table, key=lambda e: -e.self_device_time_total)[:30]:
-        print(f"  {e.self_device_time_total / 1e3:8.2f} ms {e.count:5d} x {e.key[:110]}")
-
-
-def show_host(model, optimizer, ids) -> None:
-    """Where the host's time of three steps goes."""
-    import cProfile
-    import pstats
-
-    profiler = cProfile.Profile()
-    torch.cuda.synchronize()
-    profiler.enable()
-    for _ in range(3):
-        step(model, optimizer, ids)
-    profiler.disable()
-    pstats.Stats(profiler).sort_stats("tottime").print_stats(28)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="+")
-    parser.add_argument("--arms", default="stock,eager,nbkit")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", default="")
-    parser.add_argument("--profile", action="store_true", help="device time by kernel, and host time by function")
-    parser.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="torch's fused, or nbkit's 8-bit")
-    parser.add_argument("--truth", action="store_true", help="gradient errors against a float32 copy of the model")
-    given = parser.parse_args()
-    Nbkit.optimizer_bytes = 8 if given.optimizer == "adamw" else 2
-    where = dict(commit=given.commit or commit(), gpu=torch.cuda.get_device_name(), date=time.strftime("%Y-%m-%d"), **versions())
-    rows = []
-    for row in given.rows:
-        start = time.perf_counter()
-        with nullcontext():
+    def load_foreign(self, arm: str, table: Table, deadline: float) -> bool:
+        """Start Unsloth's loading as soon as its folder is written."""
+        if self.writing is not None:
             try:
-                found = run_row(
-                    row,
-                    given.arms.split(","),
-                    given.rounds,
-                    given.steps,
-                    given.profile,
-                    given.truth,
-                    given.optimizer == "adamw8bit",
-                )
-            except torch.cuda.OutOfMemoryError as error:
-                found = [dict(row=row, arm=given.arms, error=str(error)[:160])]
-        for result in found:
-            print("RESULT", result, flush=True)
-            rows.append({**result, "optimizer": given.optimizer, **where})
-        print(f"({row}: {time.perf_counter() - start:.0f} s)", flush=True)
-        gc.collect()
-        torch.cuda.empty_cache()
-        if given.out:
-            write(given.out, rows)
+                self.writing.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self.writing.kill()
+            self.writing = None
+        return self.load(arm, table)
+
+    def rounds(self, table: Table, going: list[str], deadline: float, most: float) -> None:
+        """Rounds of the arms in turn; `most`: seconds that one may take in all of them."""
+        last, used = dict.fromkeys(going, 0.0), dict.fromkeys(going, 0.0)
+        for number in range(self.given.rounds):
+            for arm in list(going):
+                start = time.monotonic()
+                if start + last[arm] > deadline or used[arm] + last[arm] > most:
+                    table.note(arm, f"{number} of {self.given.rounds} rounds in the row's budget")
+                    going.remove(arm)
+                    continue
+                limit = min(deadline, start + most - used[arm])
+                if not self.round(arm, table, limit, number, 1 if number else 2, self.given.steps):
+                    going.remove(arm)
+                last[arm] = time.monotonic() - start
+                used[arm] += last[arm]
+        for arm in going if self.given.profile else ():
+            self.ask(arm, table, deadline, "profile", arm=arm, title=f"{table.lines[arm]['row']} {arm}")
+
+    def in_turn(self, table: Table, arms: list[str], deadline: float) -> None:
+        """One model at a time on the GPU."""
+        if table.wanted.once:
+            self.stop()
+        for process in list(self.processes.values()):
+            self.dropped(process)
+        for place, arm in enumerate(arms):
+            if arm == "eager" and "nbkit" in arms and not table.wanted.once:
+                table.note(arm, SAME)
+                continue
+            left = deadline - time.monotonic()
+            limit = time.monotonic() + max(left / (len(arms) - place), min(left, SHARE * self.given.budget))
+            if self.load(arm, table) and self.answer(arm, table, limit, "load") is not None:
+                self.alone(arm, table, limit)
+            table.note(arm, "alone on the GPU")
+            if table.wanted.once:
+                self.stop()
+            elif ARMS[arm].process in self.processes:
+                self.dropped(self.processes[ARMS[arm].process])
+
+    def alone(self, arm: str, table: Table, limit: float) -> None:
+        if table.wanted.once:
+            reply = self.ask(arm, table, limit, "once", arm=arm)
+            if reply is not None:
+                table.begun(arm, reply)
+                table.timed(arm, reply, 0)
+                table.lines[arm] |= {"prepared_s": round(reply["prepared"], 1), "process_gb": round(reply["in_use"] / 1e9, 2)}
+        elif self.begin(arm, table, limit) is not None:
+            self.round(arm, table, limit, 0, 1, min(2, self.given.steps))
+
+    def dropped(self, process: Process) -> None:
+        """Make a process give its model's memory back, or end it."""
+        try:
+            process.send("drop")
+            process.reply(30)
+        except Failed:
+            self.stop(process.name)
+
+    # -- gradients ---------------------------------------------------------------------------------
+
+    def file(self, arm: str) -> str:
+        return str(self.scratch / f"{arm}.npy")
+
+    def differences(self, table: Table, arms: list[str]) -> None:
+        """|g - truth| / |truth| of each arm, the truth being the float32 copy's where one was asked for, else the first arm's."""
+        there = [arm for arm in ("truth", *arms) if Path(self.file(arm)).exists()]
+        truth = np.load(self.file(there[0]), mmap_mode="r") if there else None
+        for arm in there:
+            mine = np.load(self.file(arm), mmap_mode="r")
+            if truth is not None and arm in table.lines and mine.shape == truth.shape:
+                table.lines[arm]["grad_difference"] = round(float(np.linalg.norm(mine - truth) / np.linalg.norm(truth)), 5)
+                table.lines[arm]["grad_from"] = there[0]
+        for arm in there:
+            Path(self.file(arm)).unlink()
 
 
-def write(path: Path, rows: list[dict]) -> None:
-    fields = list(dict.fromkeys(k for row in rows for k in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, fields)
-        table.writeheader()
-        table.writerows(rows)
+def arms_of(wanted: Wanted, names: list[str]) -> list[str]:
+    """The arms of a row: Unsloth also without its checkpointing where memory is free."""
+    both = "unsloth" in names and "unsloth-free" not in names and not wanted.lean and not wanted.once
+    return [one for name in names for one in ((name, "unsloth-free") if both and name == "unsloth" else (name,))]
 
 
-def commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip()
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="+", metavar="ROW")
+    parser.add_argument("--arms", default="stock,liger,unsloth,eager,nbkit", help=f"comma between, of {', '.join(ARMS)}")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of an arm in a round")
+    parser.add_argument("--budget", type=float, default=120, help="seconds a row may take, the loading of its models included")
+    parser.add_argument("--total", type=float, default=540, help="seconds all rows may take")
+    parser.add_argument("--out", type=Path, help="the CSV that rows are appended to, each as soon as it is measured")
+    parser.add_argument("--commit", default="", help="written to the CSV; found from git if not given")
+    parser.add_argument("--profile", action="store_true", help="device time by kernel, and host time by function")
+    parser.add_argument("--optimizer", choices=("adamw", "adamw8bit", "bnb8bit"), default="adamw",
+                        help="torch's fused, nbkit's in 8 bits, bitsandbytes' in 8 bits; the same in every arm")  # fmt: skip
+    parser.add_argument("--truth", action="store_true", help="gradient errors against a float32 copy of the model")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a look at the toy model")
+    given = parser.parse_args()
+    given.arms = given.arms.split(",")
+    for arm in given.arms:
+        if arm not in ARMS:
+            parser.error(f"there is no arm {arm!r}; there are {', '.join(ARMS)}")
+    return given
 
 
-def versions() -> dict[str, str]:
-    from importlib.metadata import version
+def report(table: Table, out: Path | None, where: dict[str, str]) -> bool:
+    """Show a row's results and add them to the CSV; whether an arm has none."""
+    found = table.result()
+    for result in found:
+        print("RESULT", {k: v for k, v in result.items() if v != ""}, flush=True)
+    if out:
+        append(out, [result | where for result in found])
+    return any("tok_s" not in result and result["note"] != SAME for result in found)
 
-    return {
-        "python": platform.python_version(),
-        **{n: version(n) for n in ("torch", "triton", "transformers", "peft", "bitsandbytes")},
-    }
+
+def main() -> int:
+    given = arguments()
+    wanted = {row: parse(row) for row in given.rows}
+    where = stamp(given.commit, ("liger_kernel", "unsloth"))
+    print(", ".join(f"{k} {v}" for k, v in where.items() if v), flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes are ended below
+    failed, begun = False, time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(given, Path(scratch))
+        try:
+            for row, one in wanted.items():
+                start, arms = time.monotonic(), arms_of(one, given.arms)
+                table = Table(row, one, arms, given.optimizer)
+                try:
+                    bench.run(table, arms, min(given.budget, begun + given.total - start))
+                finally:  # also where the run is ended from outside
+                    failed |= report(table, given.out, where)
+                    print(f"({row}: {time.monotonic() - start:.0f} s)", flush=True)
+        finally:
+            bench.stop()
+            for name, weights in {(one.name, one.weights) for one in wanted.values()}:
+                shutil.rmtree(folder_for(name, weights), ignore_errors=True)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
