@@ -109,8 +109,9 @@ class Job:
 
     def _train(self) -> tuple[int, float | None]:
         """(steps done, loss of the last step). The trainer lives no longer than this call."""
+        from nbkit.models.checkpointing import set_checkpointing
         from nbkit.training import methods
-        from nbkit.training.keep import set_checkpointing, tell_optimizer_bytes
+        from nbkit.training.keep import tell_optimizer_bytes
         from nbkit.training.trainer import Link
 
         train = self._config.train

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from nbkit.errors import TrainingError
+from nbkit.models.checkpointing import set_checkpointing
 from nbkit.models.layer import binding_of
 
 # Instance attributes that those libraries and nbkit's trainer set.
@@ -55,51 +56,11 @@ class ModelState:
                 vars(module)[name] = value
 
 
-def set_checkpointing(model: Any, asked: bool | str) -> str:
-    """Checkpointing as a TrainConfig asks for it: "auto", False, True, "nbkit", "unsloth". Returns a sentence for the log, or "".
-
-    Layers on the fused path take it as a wish to their planner, which chooses what they keep ("auto" is no wish: the fastest
-    that fits); the others, and all layers of a model that is not patched or on a CPU, take transformers' own checkpointing,
-    which repeats each layer whole.
-    """
-    binding = binding_of(model)
-    _stock_checkpointing(model, bool(asked))
-    if binding is None or not binding.bound:
-        named = asked in ("nbkit", "unsloth")
-        return f"gradient_checkpointing={asked!r} runs as transformers' own checkpointing." if named else ""
-    binding.checkpoint = None if asked == "auto" else asked or None
-    if asked:
-        model.train()  # what fits depends on it: dropout is off in eval mode
-        binding.refresh()
-    fused: list[Any] = [one.parts.layer for one in binding.bound if one.parts.index not in binding.reasons]
-    for layer in fused:
-        layer.gradient_checkpointing = False
-    if not asked or len(fused) == len(binding.bound) and not binding.reasons:
-        return ""
-    return f"{len(binding.reasons)} layers that are not fused take transformers' own checkpointing."
-
-
 def tell_optimizer_bytes(model: Any, name: str) -> None:
     """Tell the planner what the optimizer of that name keeps of each trained parameter: two states of 4 bytes, or of 1."""
     binding = binding_of(model)
     if binding is not None:
         binding.optimizer_bytes = 2 if "8bit" in name.lower() else 8
-
-
-def _stock_checkpointing(model: Any, on: bool) -> None:
-    """transformers' own activation checkpointing, without reentrant autograd, on or off."""
-    options = {"use_reentrant": False}
-    renamed = hasattr(model, "activation_checkpointing_enable")  # in transformers 5.23; the old name warns there
-    if not on:
-        model.activation_checkpointing_disable() if renamed else model.gradient_checkpointing_disable()
-        return
-    if renamed:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    # transformers also hooks the embeddings so that their output asks for a gradient. Only reentrant
-    # checkpointing needs that; here it would cost the first layer a gradient that nobody reads.
-    model.disable_input_require_grads()
 
 
 def require_finite(model: Any, step: int) -> None:

@@ -13,7 +13,7 @@ import nbkit
 from nbkit.errors import TrainingError
 from nbkit.events import MessageEvent, StepEvent
 from nbkit.models import overflow
-from nbkit.training.keep import set_checkpointing
+from nbkit.models.checkpointing import set_checkpointing
 from nbkit.training.runner import Run
 from nbkit.training.watch import Guard, Norms
 from tests.models.layer.rig import batch

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -18,6 +20,8 @@ from nbkit.models.embedding import Embedding
 from nbkit.models.layer.adapters import Unfit, Watch
 from nbkit.models.layer.forward import Call
 from nbkit.models.layer.function import GradientRows, LayerFunction
+from nbkit.models.layer.inputs import aside, causal_only, documents_of, mask_of
+from nbkit.models.layer.inputs import autocast_differs as autocast_differs
 from nbkit.models.layer.keep import Keep
 from nbkit.models.layer.offload import Host
 from nbkit.models.layer.parts import Parts
@@ -31,14 +35,17 @@ LAST = "_nbkit_last_norm"  # instance attribute of the norm after the layers: th
 class Binding:
     """All decoder layers of one model on the fused path, bound by `bind` and taken off by `release`.
 
-    `reasons` says for each layer index that runs stock why it does; it is brought up to date by every forward.
+    `reasons` says for each layer index that runs stock why it does; it is brought up to date by every forward. `asides` are
+    the reasons for which all layers stood aside in a training forward, by what it was given.
     `keep` is what all layers keep; None: what the planner says.
     """
 
     def __init__(self, decoder: nn.Module, layers: list[nn.Module], family: Family, config: Any) -> None:
-        self.decoder, self.family, self.vocab = decoder, family, config.vocab_size
+        self.decoder, self.family, self.config, self.vocab = decoder, family, config, config.vocab_size
         self.scratch, self.rows, self.shapes = Scratch(), GradientRows(), attention.Shapes()
         self.reasons: dict[int, str] = {}
+        self.asides: dict[str, None] = {}
+        self.stands_aside = False  # in the forward that runs now
         self.bound: list[BoundLayer] = []
         self.keep: Keep | None = None
         self.planner = planner.Planner()
@@ -47,7 +54,8 @@ class Binding:
         self.everything: Watch | None = None
         self.version = 0  # goes up when anything changes that a recorded step holds fixed
         self.writer: BorderWriter | None = None
-        self.checkpoint: bool | str | None = None  # as a trainer asks for it: anything but None and False saves memory
+        # As a trainer or `patch` asks for it; "auto" and False: what fits. None: as transformers' own switch on the model says.
+        self.checkpoint: bool | str | None = None
         self.optimizer_bytes = 8  # of the optimizer's state for a LoRA parameter: float32 Adam, unless a trainer says otherwise
         self.host: Host | None = None  # made when a plan first asks for host RAM
         self.side: Side | None = None  # the second stream, made when a layer first uses it
@@ -83,7 +91,14 @@ class Binding:
     @property
     def checkpointed(self) -> bool:
         """Whether memory is to be saved: gradient checkpointing is on. Here it is a level, and the stock wrapper is not used."""
-        return bool(self.checkpoint) or any(layer.checkpointed for layer in self.bound)
+        if self.checkpoint is not None:
+            return self.checkpoint not in (False, "auto")
+        return self.switched_on and self.decoder.training
+
+    @property
+    def switched_on(self) -> bool:
+        """Whether transformers' own checkpointing is switched on: what stock layers go by."""
+        return bool(getattr(self.decoder, "gradient_checkpointing", False))
 
     @property
     def width(self) -> int:
@@ -111,6 +126,7 @@ class Binding:
     def _everything(self) -> Watch | None:
         """What tells at the next forward that nothing changed; None where a full look is needed each time."""
         found = Watch()
+        found.places += [(vars(self.decoder), key, vars(self.decoder).get(key)) for key in ("training", "gradient_checkpointing")]
         for bound in self.bound:
             layer = bound.parts.layer
             found.places += [(vars(layer), key, vars(layer).get(key)) for key in ("training", "gradient_checkpointing")]
@@ -121,10 +137,12 @@ class Binding:
     def before(self, kwargs: dict[str, Any]) -> None:
         """At the start of each forward: bring the borders up to date, and say once for all layers what the mask is."""
         self.refresh()
+        self.stands_aside = torch.is_grad_enabled() and bool(self.bound) and self._aside(kwargs)
         self.plan(kwargs)
         self.scratch.owner.clear()  # adapters may have been stepped since: what was dequantised with them is old
         self.writer.write()
         self.causal = self.documents = None
+        self.shapes.begin()
         if self.host is not None:
             self.host.begin()
         training = torch.is_grad_enabled()
@@ -133,17 +151,28 @@ class Binding:
             return
         if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is None:
             kwargs["use_cache"] = False  # a cache of what is being trained on is of no use, and would be kept until the backward
-        if self.reasons or not causal_only(kwargs.get("attention_mask")):
+        if self.reasons or self.stands_aside or not causal_only(kwargs.get("attention_mask")):
             return
         self.documents, plain = documents_of(kwargs)
         if plain or self.documents is not None:
             # A mask of four axes is handed to the layers as it is, so the stock decoder builds none.
             kwargs["attention_mask"] = self.causal = torch.empty(1, 1, 1, 1, device=self.bound[0].parts.qkv.device)
 
+    def _aside(self, kwargs: dict[str, Any]) -> bool:
+        """Whether the layers stand aside in this forward. Said once for each reason: it is slower than it could be."""
+        parts = self.bound[0].parts
+        weight = getattr(self.decoder.get_input_embeddings(), "weight", None)
+        embedded = parts.dtype if weight is None else weight.dtype
+        why = aside(kwargs, parts.qkv.device.type, parts.dtype, embedded, self.config, bool(self.reasons))
+        if why is not None and why not in self.asides:
+            self.asides[why] = None
+            warnings.warn(f"nbkit's fused layers stand aside, so training is slower than it could be: {why}.", stacklevel=2)
+        return why is not None
+
     def plan(self, kwargs: dict[str, Any]) -> None:
         """Before the first training step of so many tokens: see `prepare`."""
         tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-        if torch.is_grad_enabled() and tokens is not None:
+        if torch.is_grad_enabled() and tokens is not None and not self.stands_aside:
             self.prepare(tokens.shape[0] * tokens.shape[1])
 
     def prepare(self, rows: int) -> None:
@@ -228,7 +257,6 @@ class BoundLayer:
     def __init__(self, binding: Binding, parts: Parts) -> None:
         self.binding, self.parts = binding, parts
         self.params: list[Tensor] = []
-        self.checkpointed = False
         layer = vars(parts.layer)
         self.before = layer.get("forward")  # what another library bound; None: the class's own
         layer[MARK] = self
@@ -240,24 +268,30 @@ class BoundLayer:
     def refresh(self) -> bool:
         """True if the adapters changed. A reason to run stock goes to the binding's `reasons`."""
         layer, reasons = self.parts.layer, self.binding.reasons
+        # Checkpointing is a level here. transformers' own would repeat the whole layer: in some of its versions around this forward.
+        switched = self.binding.switched_on
         try:
             changed = self.parts.refresh()
         except Unfit as reason:
             reasons[self.parts.index] = str(reason)
+            _switch(layer, switched)
             return True
         if changed:
             self.params = self.parts.parameters()
         reasons.pop(self.parts.index, None)
-        # Checkpointing is a level here. The stock wrapper would repeat the whole layer.
-        asked = bool(layer.gradient_checkpointing) if hasattr(layer, "gradient_checkpointing") else False
-        self.checkpointed = asked and layer.training
+        _switch(layer, False)
         return changed
 
-    def stock(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer as it was before."""
-        if self.before is not None:
-            return self.before(*args, **kwargs)
-        return type(self.parts.layer).forward(self.parts.layer, *args, **kwargs)
+    def stock(self, hidden: Tensor, **kwargs: Any) -> Any:
+        """The layer as it was before, checkpointed by transformers where that is switched on and a fused step would not need it."""
+        layer: Any = self.parts.layer
+        run = self.before or partial(type(layer).forward, layer)
+        fused = self.parts.index not in self.binding.reasons
+        if not (fused and self.binding.switched_on and layer.training and torch.is_grad_enabled()):
+            return run(hidden, **kwargs)
+        if kwargs.get("past_key_values") is not None:  # what a second forward would fill twice
+            return run(hidden, **kwargs)
+        return layer._gradient_checkpointing_func(partial(run, **kwargs), hidden)
 
     def release(self) -> None:
         layer = vars(self.parts.layer)
@@ -265,12 +299,18 @@ class BoundLayer:
             del layer["forward"]
             if self.before is not None:
                 layer["forward"] = self.before
+        _switch(self.parts.layer, self.binding.switched_on)
         for group in self.parts.groups:
             group.release()
 
 
 def _nothing() -> None:
     return None
+
+
+def _switch(layer: Any, on: bool) -> None:
+    if getattr(layer, "gradient_checkpointing", on) != on:
+        layer.gradient_checkpointing = on
 
 
 def _before(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -296,17 +336,14 @@ def forward(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | Non
     binding, parts = bound.binding, bound.parts
     causal = attention_mask is not None and attention_mask is binding.causal
     mask = None if causal else attention_mask
-    if (
-        parts.index in binding.reasons
-        or kwargs.get("past_key_values") is not None
-        or not torch.is_grad_enabled()
-        or hidden_states.dtype != parts.dtype
-        or autocast_differs(hidden_states.device.type, parts.dtype)
-        or (mask is not None and mask.dim() != 4)
-        or kwargs.get("position_embeddings") is None
-    ):
+    turned = kwargs.get("position_embeddings")
+    if parts.index in binding.reasons or binding.stands_aside or not torch.is_grad_enabled():
         return bound.stock(hidden_states, attention_mask=mask, **kwargs)
-    cos, sin = kwargs["position_embeddings"]
+    if hidden_states.dtype != parts.dtype or turned is None or not (mask is None or isinstance(mask, Tensor) and mask.dim() == 4):
+        if causal:  # taken from the stock layers by `before`
+            mask = mask_of(binding.documents, parts.window, hidden_states)
+        return bound.stock(hidden_states, attention_mask=mask, **kwargs)
+    cos, sin = turned
     b, t, _ = hidden_states.shape
     shape = (b, parts.h, t, parts.k)
     how = attention.choose(
@@ -317,54 +354,13 @@ def forward(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | Non
         window=parts.window,
         shapes=binding.shapes,
         documents=binding.documents if causal else None,
+        softcap=parts.softcap,
     )
     binding.how.add(f"{how.kind}: {how.why}")
     keep = binding.chosen
     parcel = binding.memory_of_host().parcel() if keep.offload else None
     call = Call(parts, keep, how, b, t, [], parcel, binding.second_stream(parts, keep, b * t))
     return LayerFunction.apply(hidden_states, cos, sin, mask, call, binding.rows, *bound.params)
-
-
-def autocast_differs(device: str, dtype: torch.dtype) -> bool:
-    """Whether autocast asks for another dtype than the weights': then stock is faster, and what was asked for."""
-    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype
-
-
-def causal_only(mask: Tensor | None) -> bool:
-    """Whether a 2-D padding mask (B, T) needs no masking beyond the causal one: no padding, or padding on the right alone.
-
-    A real token never looks at what follows it, so right padding changes only the padding's own outputs, which nothing reads.
-    Costs one wait for the device where the mask lies on a GPU.
-    """
-    if mask is None:
-        return True
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return False
-    return not bool((mask[:, 1:] > mask[:, :-1]).any())
-
-
-def documents_of(kwargs: dict[str, Any]) -> tuple[attention.Documents | None, bool]:
-    """(the documents of a pack, or None; whether every row is one document from its first token on).
-
-    A pack says where its documents begin by `cu_seq_lens_q` and `max_length_q`, as transformers' collators do, or by positions
-    that begin again at 0; the latter are read from the device, which costs a wait.
-    """
-    starts, longest, places = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q"), kwargs.get("position_ids")
-    if starts is not None and longest is not None:
-        return attention.Documents(starts.to(torch.int32), int(longest)), False
-    if places is None:
-        return None, True
-    if kwargs.get("attention_mask") is not None or places.dim() != 2:
-        return None, False
-    tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-    places = places.expand(tokens.shape[0], -1)
-    fresh = torch.ones_like(places, dtype=torch.bool)
-    fresh[:, 1:] = places[:, 1:] != places[:, :-1] + 1
-    begins = fresh.flatten().nonzero().flatten()
-    if len(begins) == places.shape[0]:
-        return None, True
-    starts = torch.cat([begins, begins.new_tensor([places.numel()])]).to(torch.int32)
-    return attention.Documents(starts, int(starts.diff().max())), False
 
 
 def bind(model: nn.Module, family: Family) -> Binding:

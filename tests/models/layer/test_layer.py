@@ -354,7 +354,11 @@ def test_gradient_checkpointing_becomes_level_four():
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     loss, grads = step(model, **inputs)
-    assert all(layer.checkpointed for layer in binding.bound)
+    assert binding.checkpointed and binding.planner.checkpointed and binding.planner.keep.level == 4
+    assert not any(layer.parts.layer.gradient_checkpointing for layer in binding.bound)  # or it would repeat a layer whole
+    model.gradient_checkpointing_disable()
+    step(model, **inputs)
+    assert not binding.checkpointed and binding.planner.keep.level == 0
     assert worst(grads, truth[1])[0] < 1e-5
     binding.release()
 
