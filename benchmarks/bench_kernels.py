@@ -64,9 +64,30 @@ def adamw_of_torch(param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, step: A
     return param
 
 
-def adamw_of_torch_for_8_bits(param: Any, grad: Any, state: Any, step: Any, **options: Any) -> Any:
-    m, v = (held(codes, lambda: torch.zeros_like(param)) for codes in (state.m, state.v))
-    return adamw_of_torch(param, grad, m, v, step, **options)
+def adamw_step(param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, step: Any, **rates: Any) -> Any:
+    adamw.adamw_(param, grad, exp_avg, exp_avg_sq, step, adamw.Rates(**rates))
+    return param
+
+
+def adamw8bit_step(param: Any, grad: Any, state: Any, sizes: list[int], missing: int, **rates: Any) -> Any:
+    """The step alone: the table of addresses is made once, as the optimizer has it."""
+    table = held(param, lambda: adamw8bit.table_of(sizes, param.device))
+    params, grads = held((id(param), id(grad)), lambda: (param.split(sizes), grad.split(sizes)))
+    adamw8bit.adamw8bit_(params, grads, state, adamw.Rates(**rates), table)
+    return param
+
+
+def adamw_of_torch_for_8_bits(param: Any, grad: Any, state: Any, sizes: list[int], missing: int, **options: Any) -> Any:
+    """torch's fused AdamW over the same tensors, with 32-bit states."""
+
+    def make() -> Any:
+        found = [torch.nn.Parameter(p) for p in param.split(sizes)]
+        for p, g in zip(found, grad.split(sizes), strict=True):
+            p.grad = g
+        return torch.optim.AdamW(found, fused=True, **options)
+
+    held((id(param), id(grad), "torch"), make).step()
+    return param
 
 
 def dequantise_and_multiply(x: Any, packed: Any, lora: Any = None, residual: Any = None) -> Any:
@@ -88,16 +109,6 @@ def borders(sources: Any, factors: Any, dtype: torch.dtype, one_by_one: bool = F
     return out
 
 
-def returning(index: int, fn: Callable[..., Any]) -> Callable[..., Any]:
-    """An in-place function that returns the argument it wrote to."""
-
-    def run(**inputs: Any) -> Any:
-        fn(**inputs)
-        return list(inputs.values())[index]
-
-    return run
-
-
 def held(key: Any, make: Callable[[], Any]) -> Any:
     """What `make` gives, made once for a row of the table."""
     key = id(key) if isinstance(key, torch.Tensor) else key
@@ -109,8 +120,8 @@ def held(key: Any, make: Callable[[], Any]) -> Any:
 HELD: dict[Any, Any] = {}
 IN_PLACE = {"adamw": ("grad",), "adamw8bit": ("grad",), "lora_products": ("x", "a", "b")}  # which inputs are only read
 TIMED: dict[str, Callable[..., Any]] = {
-    "adamw": returning(0, adamw.adamw_),
-    "adamw8bit": returning(0, adamw8bit.adamw8bit_),
+    "adamw": adamw_step,
+    "adamw8bit": adamw8bit_step,
     "add_rms_norm": add_rms_norm.add_rms_norm,
     "lora_border": borders,
     "lora_products": lambda x, a, b, y: lora_products.lora_out_(y, lora_products.lora_in(x, a), b),

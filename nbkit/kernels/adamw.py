@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,39 +33,50 @@ _TINY = 1e-6  # in the clipping factor, as torch.nn.utils.clip_grad_norm_ has it
 # -- reference -------------------------------------------------------------------------------------
 
 
+class Rates(NamedTuple):
+    """What a step of AdamW is told.
+
+    Attributes:
+        lr: the learning rate, a number or one element on the device.
+        factor: one float32 element on the device that gradients are multiplied by, as `clip_factor_` writes it.
+        skip: one element on the device; where it is not 0 nothing changes.
+    """
+
+    lr: float | Tensor
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    factor: Tensor | None = None
+    skip: Tensor | None = None
+
+
+def reference(p: Tensor, g: Tensor, m: Tensor, v: Tensor, t: Tensor, rates: Rates) -> tuple[Tensor, Tensor, Tensor]:
+    """The formulas above in plain torch, in the dtype of p: (p, m, v) after step t; `skip` is left to the caller."""
+    b1, b2 = rates.betas
+    if rates.factor is not None:
+        g = g * rates.factor.to(p.dtype)
+    lr, t = torch.as_tensor(rates.lr, dtype=p.dtype, device=p.device), t.to(p.dtype)
+    m = b1 * m + (1 - b1) * g
+    v = b2 * v + (1 - b2) * g * g
+    first, second = (-torch.expm1(t * log(beta)) for beta in rates.betas)
+    return p * (1 - lr * rates.weight_decay) - (lr / first) * m / ((v / second).sqrt() + rates.eps), m, v
+
+
 def reference_(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    *,
-    lr: float | Tensor,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
-    factor: Tensor | None = None,
-    skip: Tensor | None = None,
-    copy: Tensor | None = None,
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, rates: Rates, copy: Tensor | None = None
 ) -> None:
-    """The formulas above in plain torch, in float32 or wider; arguments as `adamw_`."""
+    """`adamw_` in plain torch, in float32 or wider."""
     wide = torch.promote_types(param.dtype, torch.float32)
-    p, g, m, v = (x.to(wide) for x in (param, grad, exp_avg, exp_avg_sq))
-    if factor is not None:
-        g = g * factor.to(wide)
-    rate, t = torch.as_tensor(lr, dtype=wide, device=p.device), step.to(wide)
-    m = betas[0] * m + (1 - betas[0]) * g
-    v = betas[1] * v + (1 - betas[1]) * g * g
-    first, second = (-torch.expm1(t * _log(beta)) for beta in betas)
-    p = p * (1 - rate * weight_decay) - (rate / first) * m / ((v / second).sqrt() + eps)
-    go = torch.ones((), dtype=torch.bool, device=p.device) if skip is None else skip == 0
-    for target, value in ((param, p), (exp_avg, m), (exp_avg_sq, v)):
+    after = reference(*(x.to(wide) for x in (param, grad, exp_avg, exp_avg_sq)), step, rates)
+    go = torch.ones((), dtype=torch.bool, device=param.device) if rates.skip is None else rates.skip == 0
+    for target, value in zip((param, exp_avg, exp_avg_sq), after, strict=True):
         target.copy_(torch.where(go, value, target.to(wide)))
     if copy is not None:
         copy.copy_(param)
 
 
-def _log(beta: float) -> float:
+def log(beta: float) -> float:
+    """ln beta, -inf for 0."""
     return math.log(beta) if beta > 0 else -math.inf
 
 
@@ -165,44 +176,28 @@ def _factor_kernel(
 
 
 def adamw_(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    *,
-    lr: float | Tensor,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
-    factor: Tensor | None = None,
-    skip: Tensor | None = None,
-    copy: Tensor | None = None,
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, rates: Rates, copy: Tensor | None = None
 ) -> None:
     """One AdamW step in place on flat buffers (P,).
 
     Args:
         step: one element on the device, any dtype: the number of this step, 1 for the first.
-        lr: the learning rate, a number or one element on the device.
-        factor: one float32 element on the device that the gradient is multiplied by, as `clip_factor_` writes it.
-        skip: one element on the device; where it is not 0 nothing changes.
         copy: (P,), gets the new parameter, rounded to param's dtype first: a 16-bit copy of a float32 master.
     Raises: ValueError for buffers that are not flat, contiguous and equally long.
     """
     buffers = {"param": param, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     n = check_flat(buffers if copy is None else buffers | {"copy": copy})
-    options: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
     if not use_triton(param, grad, exp_avg, exp_avg_sq):
-        reference_(param, grad, exp_avg, exp_avg_sq, step, lr=lr, **options, factor=factor, skip=skip, copy=copy)
+        reference_(param, grad, exp_avg, exp_avg_sq, step, rates, copy)
         return
-    b1, b2 = betas
+    lr, (b1, b2) = rates.lr, rates.betas
     by_tensor = isinstance(lr, Tensor)
     with on_device(param):
         _adamw_kernel[(cdiv(n, _BLOCK),)](
-            param, grad, exp_avg, exp_avg_sq, step, lr if by_tensor else step, step if factor is None else factor,
-            step if skip is None else skip, param if copy is None else copy,
-            0.0 if by_tensor else float(lr), float(b1), float(b2), 1.0 - b1, 1.0 - b2, _log(b1), _log(b2), float(eps),
-            float(weight_decay), n, LR_TENSOR=by_tensor, CLIP=factor is not None, MAY_SKIP=skip is not None,
+            param, grad, exp_avg, exp_avg_sq, step, lr if by_tensor else step, step if rates.factor is None else rates.factor,
+            step if rates.skip is None else rates.skip, param if copy is None else copy,
+            0.0 if by_tensor else float(lr), float(b1), float(b2), 1.0 - b1, 1.0 - b2, log(b1), log(b2), float(rates.eps),
+            float(rates.weight_decay), n, LR_TENSOR=by_tensor, CLIP=rates.factor is not None, MAY_SKIP=rates.skip is not None,
             COPIES=copy is not None, BLOCK=_BLOCK, num_warps=4
         )  # fmt: skip
 
@@ -294,7 +289,7 @@ def _functional(step_: Any) -> Any:
             _plain_factor([grad], max_norm, norm, factor, None, None, None)
         else:
             clip_factor_([grad], max_norm, norm, factor)
-        step_(p, grad, m, v, step, factor=factor, **options)
+        step_(p, grad, m, v, step, Rates(factor=factor, **options))
         return torch.cat([p, m.to(p.dtype), v.to(p.dtype)])
 
     return stepped

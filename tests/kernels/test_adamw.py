@@ -58,7 +58,7 @@ def test_adamw_steps_equal_torchs(dtype: torch.dtype, options: dict[str, Any]) -
         grad = buffers(n, dtype, i)[1] * (10.0 if i % 3 else 0.01)
         ad.clip_factor_([grad], max_norm, norm, factor, step=step)
         assert math.isclose(float(norm), float(grad.double().norm()), rel_tol=1e-6)
-        ad.adamw_(param, grad, m, v, step, lr=rate if i % 2 else float(rate), factor=factor, **options)
+        ad.adamw_(param, grad, m, v, step, ad.Rates(rate if i % 2 else float(rate), factor=factor, **options))
     assert int(step) == 20
     truth = torchs(torch.float64)
     if dtype == torch.float64:
@@ -72,7 +72,7 @@ def test_adamw_bias_corrections_keep_their_digits(t: int) -> None:
     """With m = v = g = 1 and no decay the update is lr * sqrt(1 - b2^t) / (1 - b1^t), known in double precision."""
     param, grad, m, v = torch.zeros(4), torch.ones(4), torch.ones(4), torch.ones(4)
     param, grad, m, v = (x.to(DEVICE) for x in (param, grad, m, v))
-    ad.adamw_(param, grad, m, v, scalar(t, torch.int64), lr=1.0, eps=0.0, weight_decay=0.0)
+    ad.adamw_(param, grad, m, v, scalar(t, torch.int64), ad.Rates(1.0, eps=0.0, weight_decay=0.0))
     exact = -math.sqrt(1 - 0.999**t) / (1 - 0.9**t)
     assert abs(float(param[0]) / exact - 1) < 1e-6
 
@@ -87,13 +87,13 @@ def test_adamw_skips_where_a_gradient_is_not_finite(bad: float) -> None:
     step, norm, factor, skip = scalar(4, torch.int32), scalar(0), scalar(0), scalar(0, torch.int32)
     copy = torch.zeros(3000, dtype=torch.float16, device=DEVICE)
     ad.clip_factor_([grad], 1.0, norm, factor, skip=skip, step=step)
-    ad.adamw_(param, grad, m, v, step, lr=0.1, factor=factor, skip=skip, copy=copy)
+    ad.adamw_(param, grad, m, v, step, ad.Rates(0.1, factor=factor, skip=skip), copy)
     assert int(skip) == 1 and int(step) == 4 and not math.isfinite(float(norm))
     assert all(torch.equal(a, b) for a, b in zip((param, m, v), before, strict=True))
     assert torch.equal(copy, param.half())
     grad[2900] = 0.0
     ad.clip_factor_([grad], 1.0, norm, factor, skip=skip, step=step)
-    ad.adamw_(param, grad, m, v, step, lr=0.1, factor=factor, skip=skip, copy=copy)
+    ad.adamw_(param, grad, m, v, step, ad.Rates(0.1, factor=factor, skip=skip), copy)
     assert int(skip) == 0 and int(step) == 5 and not torch.equal(param, before[0])
     assert torch.equal(copy, param.half())
 
@@ -127,10 +127,10 @@ def test_adamw_norm_is_the_same_in_every_run() -> None:
 def test_adamw_refuses_what_is_not_flat() -> None:
     x = torch.zeros(4, 2)
     with pytest.raises(ValueError, match=r"flat, contiguous and equally long, not param \(4, 2\)"):
-        ad.adamw_(x, x, x, x, torch.tensor(1), lr=0.1)
+        ad.adamw_(x, x, x, x, torch.tensor(1), ad.Rates(0.1))
     y = torch.zeros(8)
     with pytest.raises(ValueError, match=r"exp_avg \(7,\)"):
-        ad.adamw_(y, y, y[:7], y, torch.tensor(1), lr=0.1)
+        ad.adamw_(y, y, y[:7], y, torch.tensor(1), ad.Rates(0.1))
     with pytest.raises(ValueError, match=r"grad \(4,\)"):
         ad.clip_factor_([y[::2]], 1.0, torch.tensor(0.0), torch.tensor(0.0))
     with pytest.raises(ValueError, match="no gradient"):
@@ -144,7 +144,7 @@ def test_adamw_recorded_in_a_graph_follows_its_scalars() -> None:
 
     def once(p: torch.Tensor, first: torch.Tensor, second: torch.Tensor, count: torch.Tensor) -> None:
         ad.clip_factor_([grad], 1.0, norm, factor, step=count)
-        ad.adamw_(p, grad, first, second, count, lr=rate, factor=factor)
+        ad.adamw_(p, grad, first, second, count, ad.Rates(rate, factor=factor))
 
     eager = [param.clone(), m.clone(), v.clone(), step.clone()]
     once(*(x.clone() for x in eager))  # compiles
@@ -178,15 +178,16 @@ def test_adamw8bit_codes_are_the_nearest_and_states_follow() -> None:
     """Ten steps: each state that is kept is the map's nearest to the state computed from what was kept before."""
     n = 1000
     param, grad, _, _ = buffers(n, torch.float32)
-    state = a8.Moments8.zeros(n, DEVICE)
+    state = a8.State8.zeros([n], DEVICE)
     for t in range(1, 11):
         grad.copy_(torch.randn(n, generator=torch.Generator().manual_seed(t)))
         grad[256:512] *= 1e-4
-        m = 0.9 * a8.dequantize(state.m, state.m_max, True).double() + 0.1 * grad.double()
-        v = 0.999 * a8.dequantize(state.v, state.v_max, False).double() + 0.001 * grad.double() ** 2
+        m = 0.9 * a8.dequantize(state.m, state.m_max, True)[:n].double() + 0.1 * grad.double()
+        v = 0.999 * a8.dequantize(state.v, state.v_max, False)[:n].double() + 0.001 * grad.double() ** 2
         expected = param.double() * (1 - 0.01 * 0.01)
         expected -= 0.01 / (1 - 0.9**t) * m / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
-        a8.adamw8bit_(param, grad, state, scalar(t), lr=0.01)
+        a8.adamw8bit_([param], [grad], state, ad.Rates(0.01))
+        assert state.steps.tolist() == [t]
         close("param", param, expected)
         for codes, top, exact, signed in ((state.m, state.m_max, m, True), (state.v, state.v_max, v, False)):
             values = a8.dynamic_map(signed).double().to(DEVICE)
@@ -198,26 +199,54 @@ def test_adamw8bit_codes_are_the_nearest_and_states_follow() -> None:
                 assert bool(((scaled - values[codes[part].long()]).abs() <= best + 1e-6).all())
 
 
-def test_adamw8bit_skips_copies_and_clips() -> None:
-    param, grad, _, _ = buffers(700, torch.float32)
-    state = a8.Moments8.zeros(700, DEVICE)
-    a8.adamw8bit_(param, grad, state, scalar(1), lr=0.1)
-    before, kept = param.clone(), [x.clone() for x in state]
-    copy, skip = torch.zeros(700, dtype=torch.float16, device=DEVICE), scalar(1)
-    a8.adamw8bit_(param, grad * math.nan, state, scalar(2), lr=0.1, skip=skip, copy=copy)
-    assert torch.equal(param, before) and torch.equal(copy, param.half())
-    assert all(torch.equal(a, b) for a, b in zip(state, kept, strict=True))
-    other, twin = param.clone(), a8.Moments8(*(x.clone() for x in state))
-    a8.adamw8bit_(param, grad, state, scalar(2), lr=scalar(0.1), skip=scalar(0), copy=copy, factor=scalar(0.25))
-    a8.adamw8bit_(other, grad * 0.25, twin, scalar(2), lr=0.1)
-    assert torch.equal(param, other) and torch.equal(copy, param.half()) and not torch.equal(param, before)
-    assert all(torch.equal(a, b) for a, b in zip(state, twin, strict=True))
+def many(sizes: tuple[int, ...], seed: int) -> list[torch.Tensor]:
+    make = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, generator=make).to(DEVICE) for n in sizes]
 
 
-def test_adamw8bit_refuses_a_state_of_another_length() -> None:
+def equal(ours: Any, theirs: Any) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_adamw8bit_takes_each_tensor_as_if_it_were_alone() -> None:
+    """Sizes around a block and a program's share, one empty, some without a gradient; one table, new addresses."""
+    sizes = (1, 255, 0, 256, 257, 1024, 1025, 2500)
+    params, alone = many(sizes, 0), many(sizes, 0)
+    state, table = a8.State8.zeros(sizes, DEVICE), a8.table_of(sizes, DEVICE)
+    states = [a8.State8.zeros([n], DEVICE) for n in sizes]
+    for t in range(1, 5):
+        grads = [None if (k + t) % 4 == 0 else g for k, g in enumerate(many(sizes, t))]
+        a8.adamw8bit_(params, grads, state, ad.Rates(0.1), table)
+        for p, g, own in zip(alone, grads, states, strict=True):
+            if g is not None and g.numel():
+                a8.adamw8bit_([p], [g], own, ad.Rates(0.1))
+    assert equal(params, alone)
+    taken = torch.cat([own.steps for own in states])
+    assert torch.equal(state.steps[:2], taken[:2]) and torch.equal(state.steps[3:], taken[3:])
+    for field in ("m", "m_max", "v", "v_max"):
+        assert torch.equal(getattr(state, field), torch.cat([getattr(own, field) for own in states])), field
+
+
+def test_adamw8bit_skips_and_clips() -> None:
+    sizes = (700, 40)
+    params = many(sizes, 0)
+    state = a8.State8.zeros(sizes, DEVICE)
+    a8.adamw8bit_(params, many(sizes, 1), state, ad.Rates(0.1))
+    before, kept = [p.clone() for p in params], [x.clone() for x in state]
+    a8.adamw8bit_(params, [g * math.nan for g in many(sizes, 2)], state, ad.Rates(0.1, skip=scalar(1)))
+    assert equal(params, before) and equal(state, kept)
+    others, twin = [p.clone() for p in params], a8.State8(*(x.clone() for x in state))
+    a8.adamw8bit_(params, many(sizes, 2), state, ad.Rates(scalar(0.1), skip=scalar(0), factor=scalar(0.25)))
+    a8.adamw8bit_(others, [g * 0.25 for g in many(sizes, 2)], twin, ad.Rates(0.1))
+    assert equal(params, others) and equal(state, twin) and not equal(params, before)
+
+
+def test_adamw8bit_refuses_what_does_not_fit() -> None:
     x = torch.zeros(512)
-    with pytest.raises(ValueError, match=r"m \(256,\)"):
-        a8.adamw8bit_(x, x, a8.Moments8.zeros(256, "cpu"), torch.tensor(1), lr=0.1)
-    short = a8.Moments8.zeros(512, "cpu")._replace(v_max=torch.zeros(3))
-    with pytest.raises(ValueError, match="512 elements has 2 blocks, not 2 and 3"):
-        a8.adamw8bit_(x, x, short, torch.tensor(1), lr=0.1)
+    with pytest.raises(ValueError, match="state is of 1 tensors in 1 blocks, the parameters are 1 in 2"):
+        a8.adamw8bit_([x], [x], a8.State8.zeros([256], "cpu"), ad.Rates(0.1))
+    with pytest.raises(ValueError, match="state is of 2 tensors"):
+        a8.adamw8bit_([x], [x], a8.State8.zeros([256, 256], "cpu"), ad.Rates(0.1))
+    for params, grads in (([x], [x.half()]), ([x.view(2, 256).t()], [x.view(2, 256).t()]), ([x, x.half()], [None, None])):
+        with pytest.raises(ValueError, match="must be contiguous and of one dtype and device"):
+            a8.adamw8bit_(params, grads, a8.State8.zeros([512] * len(params), "cpu"), ad.Rates(0.1))
