@@ -6,8 +6,10 @@ its backward multiplies them by the upstream gradient. So accumulation, hooks, c
 In float16 the loss scale has to be inside, where gradients would vanish: each replay takes the upstream gradient of the step
 before as its scale, so a scaler that halves its scale after an overflow is followed one step later.
 
-What a graph holds fixed (adapters, storage of parameters, shapes, that all layers are fused) is compared before every replay;
-where it differs the step runs eagerly, and a graph is recorded anew when the new state has come twice.
+What a graph holds fixed (adapters, storage of parameters, shapes, that all layers are fused) is compared at every replay;
+where it differs the step runs eagerly, and a graph is recorded anew when the new state has come twice. On a small model the
+comparison takes a tenth of the step, so the replay begins as soon as all storage is known to be in place, and the rest is
+compared while the GPU works: a replay that turns out to be out of date is not used.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from nbkit.kernels._launch import power_of_two
 from nbkit.kernels.linear_cross_entropy import linear_cross_entropy
 from nbkit.models.layer import Binding
 from nbkit.models.layer.bind import autocast_differs
+from nbkit.models.layer.weights import Scratch
 
 EAGER_FIRST = 2  # eager steps of a shape before it is recorded: kernels compile and cuDNN makes its plan in them
 RECENT = 12  # and they lie within this many steps: batches of ever new lengths are not worth a recording each
@@ -98,6 +101,7 @@ class Recorded:
     hidden: Tensor
     flat: Tensor
     params: list[Tensor]
+    scratch: Scratch  # what the step dequantises into
     follows: bool = False  # float16: `scale` follows the upstream gradient
     upstream: Tensor | None = None  # of the last backward
     pending: Any = None  # weak reference to the last replay's Pending
@@ -107,6 +111,8 @@ class Recorded:
         self.shapes, self.sizes = [p.shape for p in self.params], [p.numel() for p in self.params]
 
     def replay(self, ids: Tensor, targets: Tensor, items: float | Tensor | None, pack: Pack | None) -> Pending:
+        """Run the step for these ids and targets. Its backward takes the gradients from what this returns."""
+        self.scratch.owner.clear()  # the replay dequantises into it behind its back
         last = self.pending() if self.pending is not None else None
         if last is not None:
             last.flat = None if last.used else self.flat.clone()
@@ -139,27 +145,45 @@ class Graphs:
     version: int = -1  # the binding's, as the graphs know it
     only_lora: bool = False  # whether nothing but LoRA is trained
     weights: int = 0  # of all decoder linears
+    storage: tuple[list[Tensor], list[int]] = ([], [])  # parameters and buffers of the model, and where they lay
     pool: Any = None
 
     def step(
         self, ids: Tensor, targets: Tensor, items: float | Tensor | None, pack: Pack | None = None
     ) -> tuple[Tensor, Tensor] | None:
         """(loss, hidden states for reading only) of ids and targets (B, T), or None where this step has to run eagerly."""
+        early, pending = self.current(ids, pack), None
+        if early is not None:
+            pending = early.replay(ids, targets, items, pack)
         self.binding.refresh()
         if self.version != self.binding.version:
             self.learn()
         if not self.fits(ids):
             return None
-        key = (tuple(ids.shape), self.binding.chosen, self.binding.checkpointed, pack.key if pack else None)
+        key = self.key(ids, pack)
         one = self.recorded.get(key) or self.record_if_due(key, ids.shape, pack)
         if one is None:
             return None
+        if pending is None or one is not early:
+            pending = one.replay(ids, targets, items, pack)
         self.clock += 1
         one.last_used = self.clock
         self.note = f"{len(self.recorded)} CUDA graphs, the last of shape {tuple(ids.shape)}"
-        self.binding.scratch.owner.clear()  # the replay dequantises into it behind its back
-        loss = Replay.apply(one, ids, targets, items, pack, *one.params)
+        loss = Replay.apply(one, pending, *one.params)
         return loss, ReadOnly.apply(one.hidden.detach().requires_grad_())
+
+    def key(self, ids: Tensor, pack: Pack | None) -> tuple:
+        """What tells the recorded steps apart."""
+        return (tuple(ids.shape), self.binding.chosen, self.binding.checkpointed, pack.key if pack else None)
+
+    def current(self, ids: Tensor, pack: Pack | None) -> Recorded | None:
+        """The recorded step that this call most likely takes, if it can run: all that it reads is where it was."""
+        if self.version != self.binding.version or not self.fits(ids):
+            return None
+        tensors, places = self.storage
+        if list(map(Tensor.data_ptr, tensors)) != places:
+            return None
+        return self.recorded.get(self.key(ids, pack))
 
     def __post_init__(self) -> None:
         self.binding.planning.append(self.drop)
@@ -174,6 +198,8 @@ class Graphs:
         """What graphs hold fixed has changed: drop them, count anew what is trained and how large the model is."""
         self.drop()
         self.version = self.binding.version
+        held = [*self.model.parameters(), *self.model.buffers()]
+        self.storage = (held, [t.data_ptr() for t in held])
         bound = self.binding.bound
         inside = f"{self.family.decoder.layers}."
         self.outside = [p for name, p in self.model.named_parameters() if not name.startswith(inside)]
@@ -244,7 +270,8 @@ class Graphs:
             loss = self.loss(hidden, targets, items)
             grads = torch.autograd.grad(loss * scale, leaves)
             torch.cat([g.reshape(-1) for g in grads], out=flat)
-        return Recorded(graph, ids, targets, pack, items, scale, loss.detach(), hidden.detach(), flat, params, half)
+        scratch = self.binding.scratch
+        return Recorded(graph, ids, targets, pack, items, scale, loss.detach(), hidden.detach(), flat, params, scratch, half)
 
     def loss(self, hidden: Tensor, targets: Tensor, items: Tensor) -> Tensor:
         """Sum over the labelled rows by `items`, or by their number where that is negative; nothing here waits for the device."""
@@ -261,12 +288,11 @@ class Graphs:
 
 
 class Replay(torch.autograd.Function):
-    """One replay as a node of autograd: the loss of `params`, whose gradients the graph has made already."""
+    """A replay as a node of autograd: the loss of `params`, whose gradients the graph has made already."""
 
     @staticmethod
-    def forward(ctx: Any, one: Recorded, ids: Tensor, targets: Tensor, items: Any, pack: Any, *params: Tensor) -> Tensor:
-        ctx.one = one
-        ctx.pending = one.replay(ids, targets, items, pack)
+    def forward(ctx: Any, one: Recorded, pending: Pending, *params: Tensor) -> Tensor:
+        ctx.one, ctx.pending = one, pending
         return one.loss.clone()
 
     @staticmethod
@@ -283,7 +309,7 @@ class Replay(torch.autograd.Function):
             scaled = ctx.pending.flat * g
         ctx.pending.used = True
         parts = scaled.split(ctx.one.sizes)
-        return (None, None, None, None, None, *(part.view(shape) for part, shape in zip(parts, ctx.one.shapes, strict=True)))
+        return (None, None, *(part.view(shape) for part, shape in zip(parts, ctx.one.shapes, strict=True)))
 
 
 class ReadOnly(torch.autograd.Function):
