@@ -56,7 +56,9 @@ class Binding:
         self.writer: BorderWriter | None = None
         # As a trainer or `patch` asks for it; "auto" and False: what fits. None: as transformers' own switch on the model says.
         self.checkpoint: bool | str | None = None
-        self.optimizer_bytes = 8  # of the optimizer's state for a LoRA parameter: float32 Adam, unless a trainer says otherwise
+        self.optimizer_bytes: float = (
+            8  # of the optimizer's state for a LoRA parameter: float32 Adam, unless a trainer says otherwise
+        )
         self.host: Host | None = None  # made when a plan first asks for host RAM
         self.side: Side | None = None  # the second stream, made when a layer first uses it
         self.recording = False  # a step is being recorded as a CUDA graph
@@ -108,8 +110,12 @@ class Binding:
 
     @property
     def chosen(self) -> Keep:
-        """What the layers keep in the next forward."""
+        """What the layers keep in the next forward, save the last ones where the plan has room for more."""
         return self.keep or self.planner.keep
+
+    def keep_of(self, index: int) -> Keep:
+        """What layer `index` keeps in the next forward."""
+        return self.keep or self.planner.keep_of(index, len(self.bound))
 
     def refresh(self) -> None:
         """Read all adapters again; `version` goes up if anything changed."""
@@ -268,7 +274,7 @@ class BoundLayer:
     def refresh(self) -> bool:
         """True if the adapters changed. A reason to run stock goes to the binding's `reasons`."""
         layer, reasons = self.parts.layer, self.binding.reasons
-        # Checkpointing is a level here. transformers' own would repeat the whole layer: in some of its versions around this forward.
+        # Checkpointing is a level here. transformers' own would repeat the whole layer, which some versions wrap around this.
         switched = self.binding.switched_on
         try:
             changed = self.parts.refresh()
@@ -283,7 +289,7 @@ class BoundLayer:
         return changed
 
     def stock(self, hidden: Tensor, **kwargs: Any) -> Any:
-        """The layer as it was before, checkpointed by transformers where that is switched on and a fused step would not need it."""
+        """The layer as it was before, checkpointed where transformers is told to and this layer was spared it."""
         layer: Any = self.parts.layer
         run = self.before or partial(type(layer).forward, layer)
         fused = self.parts.index not in self.binding.reasons
@@ -357,7 +363,7 @@ def forward(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | Non
         softcap=parts.softcap,
     )
     binding.how.add(f"{how.kind}: {how.why}")
-    keep = binding.chosen
+    keep = binding.keep_of(parts.index)
     parcel = binding.memory_of_host().parcel() if keep.offload else None
     call = Call(parts, keep, how, b, t, [], parcel, binding.second_stream(parts, keep, b * t))
     return LayerFunction.apply(hidden_states, cos, sin, mask, call, binding.rows, *bound.params)
