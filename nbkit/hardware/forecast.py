@@ -53,14 +53,23 @@ def kept(level: int, s: Sizes, normed: bool = False) -> int:
     return columns * s.size + (4 * s.heads if level < 4 else 0) + 8
 
 
-def working(level: int, rows: int, s: Sizes) -> int:
+def repeated(level: int, rows: int, s: Sizes) -> int:
+    """Multiply-adds that one layer does a second time for one token at `level`; `rows` bound what attention looks at."""
+    count = 2 * s.hidden * s.intermediate if level > 0 else 0
+    count += s.hidden * s.qkv if level > 1 else 0
+    count += s.hidden * s.heads * s.head if level > 2 else 0
+    return count + (s.heads * s.head * rows if level > 3 else 0)
+
+
+def working(level: int, rows: int, s: Sizes, tile: int | None = None) -> int:
     """The largest sum of temporaries of one layer: its backward, between down_proj's input gradient and the norm's."""
     mlp = (3 if level < 1 else 5) * s.intermediate + 4 * s.hidden  # dh, dgate, dup (gate, up again); h, g, g_mid, dh
     attention = 2 * s.qkv + 2 * s.heads * s.head + 3 * s.hidden  # dq, dk, dv and packed; dout; x's gradients
     again = (s.qkv if level >= 2 else 0) + (s.heads * s.head if level >= 4 else 0) + (s.hidden if level >= 3 else 0)
     # At level 0 LoRA's gradients are made on a second stream, which holds what it reads until the layer's backward is over.
-    together = mlp + attention if level == 0 else max(mlp, attention)
-    return rows * s.size * (together + again)
+    if level == 0 and tile is None:
+        return rows * s.size * (mlp + attention)
+    return s.size * (max(min(tile or rows, rows) * mlp, rows * attention) + rows * again)
 
 
 def by_head(rows: int, s: Sizes) -> int:
@@ -103,12 +112,13 @@ def step(
     *,
     four_bit: bool,
     copy: bool = False,
-    optimizer_bytes: int = 8,
+    optimizer_bytes: float = 8,
     offload: bool = False,
     tile: int | None = None,
     groups: int | None = None,
     parked: bool = False,
     normed: bool = False,
+    richer: tuple[int, int] = (0, 0),
 ) -> dict[str, int]:
     """Bytes by part that a training step adds to the loaded model.
 
@@ -117,14 +127,18 @@ def step(
         copy: NF4 weights are held in 16 bits too.
         optimizer_bytes: of the optimizer's state, for one LoRA parameter.
         parked: the embedding is moved to host RAM, which gives its bytes back.
+        richer: (layers, level): so many of the layers keep what that level says instead.
     """
     on_device = kept(level, s, normed) - (s.size * _wide(level, s) if offload else 0)
-    work = working(level, rows, s) if groups is None else lean(level, rows, s, tile or rows, groups)
+    work = working(level, rows, s, tile) if groups is None else lean(level, rows, s, tile or rows, groups)
+    some, theirs = richer
+    if some and (theirs < 2 or groups is None):
+        work = max(work, working(theirs, rows, s, tile))
     parts = {
-        "kept activations": s.layers * rows * on_device,
+        "kept activations": rows * ((s.layers - some) * on_device + some * kept(theirs, s)),
         "working memory": max(work, head(rows, s) + (2 * rows * s.hidden * s.size if groups else 0)),
         "LoRA gradients": s.lora * s.lora_bytes * (1 if groups else 2),  # a recorded step holds its own beside the parameters'
-        "optimizer": s.lora * optimizer_bytes,
+        "optimizer": round(s.lora * optimizer_bytes),
     }
     if four_bit:
         parts["16-bit copy of the weights" if copy else "dequantised layer"] = s.weights * s.size if copy else scratch(s)

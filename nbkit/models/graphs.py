@@ -174,7 +174,9 @@ class Graphs:
 
     def key(self, ids: Tensor, pack: Pack | None) -> tuple:
         """What tells the recorded steps apart."""
-        return (tuple(ids.shape), self.binding.chosen, self.binding.checkpointed, pack.key if pack else None)
+        binding, plan = self.binding, self.binding.planner.plan
+        more = plan.count if plan is not None and binding.keep is None else 0
+        return (tuple(ids.shape), binding.chosen, more, binding.checkpointed, pack.key if pack else None)
 
     def current(self, ids: Tensor, pack: Pack | None) -> Recorded | None:
         """The recorded step that this call most likely takes, if it can run: all that it reads is where it was."""

@@ -1,7 +1,7 @@
 """Which keep level the layers take, and whether NF4 weights get a 16-bit copy: from the memory that is free before the step.
 
 Plans differ in speed and bytes alone, never in results. The planner takes the fastest that fits with a margin; a larger batch
-later is planned again. In order of speed:
+later is planned again. Where a plan leaves room, the last layers keep more than the rest. In order of speed:
 
     level 0 with the normalised rows and a 16-bit copy of NF4 weights · without these rows · levels 0 to 3 · for long rows
     level 3 lean, what it keeps in host RAM · level 4 lean · the same with layer inputs in host RAM, in smaller tiles, with
@@ -13,8 +13,9 @@ only the lean ones are looked at.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class Plan:
         copy: a 16-bit copy of the NF4 weights is held.
         park: the embedding lies in host RAM.
         host: bytes of host RAM for what layers keep.
+        richer, count: the last `count` layers keep what `richer` says.
     """
 
     keep: Keep
@@ -48,9 +50,12 @@ class Plan:
     why: str
     park: bool = False
     host: int = 0
+    richer: Keep | None = None
+    count: int = 0
 
     def __str__(self) -> str:
-        extra = ", a 16-bit copy of the NF4 weights" if self.copy else ""
+        extra = f", the last {self.count} layers {self.richer}" if self.count else ""
+        extra += ", a 16-bit copy of the NF4 weights" if self.copy else ""
         extra += ", the embedding in host RAM" if self.park else ""
         host = f", {self.host / GIB:.1f} GiB of host RAM" if self.host else ""
         need = f"{self.needed / GIB:.1f} of {self.free / GIB:.1f} GiB free{host}"
@@ -67,6 +72,11 @@ class Planner:
     @property
     def keep(self) -> Keep:
         return self.plan.keep if self.plan else DEFAULT
+
+    def keep_of(self, index: int, layers: int) -> Keep:
+        """What layer `index` of `layers` keeps."""
+        plan = self.plan
+        return plan.richer if plan is not None and plan.richer is not None and index >= layers - plan.count else self.keep
 
     @property
     def parks(self) -> bool:
@@ -132,7 +142,7 @@ def choose(
     stepped: bool = False,
     host: int = 0,
     may_park: bool = False,
-    optimizer_bytes: int = 8,
+    optimizer_bytes: float = 8,
 ) -> Plan:
     """The fastest plan for `rows` rows that fits into `free` bytes; the leanest if none does.
 
@@ -149,19 +159,41 @@ def choose(
         on_host = forecast.host(keep.level, rows, sizes) if keep.offload else 0
         if (park and not may_park) or on_host > HOST_SHARE * host:
             continue
-        parts = forecast.step(
-            keep.level, rows, sizes, four_bit=four_bit, copy=copy,
-            offload=keep.offload, tile=keep.tile, groups=keep.groups, parked=park,
-            optimizer_bytes=optimizer_bytes, normed=keep.normed,
-        )  # fmt: skip
-        needed = sum(n for name, n in parts.items() if not (stepped and name in ("LoRA gradients", "optimizer")))
-        plan = Plan(keep, copy, rows, needed, free, "", park, on_host)
-        if needed <= room:
+        plan = Plan(keep, copy, rows, 0, free, "", park, on_host)
+        needs = partial(_needs, plan, sizes, four_bit, optimizer_bytes, stepped)
+        plan = replace(plan, needed=needs())
+        if plan.needed <= room:
+            if passed and not checkpointed:
+                plan = _fill(plan, sizes, room, needs)
             return _because(plan, passed, checkpointed)
         passed.append(plan)
         least = plan if least is None or plan.needed < least.needed else least
     assert least is not None
     return _because(least, [], checkpointed, "nothing leaner is there; it may not fit")
+
+
+def _needs(
+    plan: Plan, sizes: forecast.Sizes, four_bit: bool, optimizer_bytes: int, stepped: bool, richer: tuple[int, int] = (0, 0)
+) -> int:
+    """Bytes beyond the loaded model; `richer`: so many layers keep what that level says."""
+    keep = plan.keep
+    parts = forecast.step(
+        keep.level, plan.rows, sizes, four_bit=four_bit, copy=plan.copy, offload=keep.offload, tile=keep.tile, groups=keep.groups,
+        parked=plan.park, optimizer_bytes=optimizer_bytes, normed=keep.normed, richer=richer,
+    )  # fmt: skip
+    return sum(n for name, n in parts.items() if not (stepped and name in ("LoRA gradients", "optimizer")))
+
+
+def _fill(plan: Plan, sizes: forecast.Sizes, room: int, needs: Callable[..., int]) -> Plan:
+    """The plan whose last layers keep more, as many as there is room for: of the levels, the one that saves the most work."""
+    base, best, most = plan.keep, plan, 0
+    for level in range(base.level):
+        keep = Keep(level, base.tile, False, base.groups if level > 1 else None)
+        count = max((n for n in range(1, sizes.layers) if needs(richer=(n, level)) <= room), default=0)
+        saved = count * (forecast.repeated(base.level, plan.rows, sizes) - forecast.repeated(level, plan.rows, sizes))
+        if saved > most:
+            most, best = saved, replace(plan, richer=keep, count=count, needed=needs(richer=(count, level)))
+    return best
 
 
 def _because(plan: Plan, passed: list[Plan], checkpointed: bool, why: str = "") -> Plan:
