@@ -1,51 +1,63 @@
 """Attention for the fused layer: forward and backward as two plain calls on the best implementation for the card and shape.
 
 The layer keeps `out` and the log-sum-exp, so the backward never repeats the forward. All implementations are exact; which one
-runs is decided by capability, dtype, head width, mask and window, and `Attend.why` says it for the report:
+runs is decided by capability, dtype, head width, mask, window and softcap, and `Attend.why` says it for the report:
 
     cudnn       Hopper and newer, 16 bits, heads a multiple of 8 and at most 128 wide (T = 8,192: 550 TFLOP/s, flash 320)
     flash       Ampere and Ada; also sliding windows, packed documents, and shapes seen for the first time (cuDNN builds a plan
                 per shape)
-    efficient   a mask that is not causal alone, and Turing and Volta (packed documents too)
-    plain       everything else: CPU, float64; the formulas below, in float32 or wider
+    efficient   a mask that is not causal alone, and Turing and Volta (windows and packed documents too)
+    flex        a softcap on the scores, Ampere and newer (attention_flex.py)
+    plain       everything else: CPU, float32 and wider, a softcap with a mask; formulas, a tile at a time (attention_plain.py)
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nbkit.kernels._launch import capability_of
+from nbkit.models import attention_flex as flex
+from nbkit.models import attention_plain as plain
+
 aten = torch.ops.aten
+_BY_FLEX = "flex"  # the number that FlexAttention's forward leaves for the backward: its log-sum-exp is of another form
 _CUDNN_LARGEST_HEAD = 128
+_EFFICIENT_WINDOW_LARGEST_HEAD = 128  # wider heads leave the kernel's registers, where its first block of a window is lost
 _LONG = 16384  # tokens from which cuDNN's plan is paid back within one step
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Documents:
     """Where the documents of a pack begin: none looks into another.
 
     Attributes:
         starts: int32 (documents + 1,), ascending, from 0 to B T; equal neighbours are empty documents.
         longest: tokens of the longest, or more.
+        sights: what FlexAttention derives from them, made once for all layers.
     """
 
     starts: Tensor
     longest: int
+    sights: dict[Any, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
 class Attend:
-    """How one call attends: the implementation, the scale of the scores, the sliding window in tokens or None, and why."""
+    """How one call attends: the implementation, the scale of the scores, the sliding window in tokens or None, and why.
+
+    `softcap`: scores become softcap tanh(scores / softcap) before any mask.
+    """
 
     kind: str
     scale: float
     window: int | None = None
     why: str = ""
     documents: Documents | None = None
+    softcap: float | None = None
 
     @property
     def side(self) -> tuple[int | None, int | None]:
@@ -54,16 +66,26 @@ class Attend:
 
 
 class Shapes:
-    """Shapes met so far. A cuDNN plan costs about 0.15 s, so a shape gets one only when it comes a second time."""
+    """Shapes met so far, and what was chosen in this forward of the model: all its layers of one kind attend alike.
+
+    A cuDNN plan costs about 0.15 s, so a shape gets one only when it comes in a second forward.
+    """
 
     def __init__(self) -> None:
         self.seen: set[tuple[int, ...]] = set()
+        self.new: set[tuple[int, ...]] = set()
+        self.chosen: dict[tuple[Any, ...], Attend] = {}
+
+    def begin(self) -> None:
+        """Call before each forward of the model."""
+        self.seen |= self.new
+        self.new.clear()
+        self.chosen.clear()
 
     def repeated(self, *shape: int) -> bool:
-        if shape in self.seen:
-            return True
-        self.seen.add(shape)
-        return False
+        """Whether `shape` came in a forward before this one."""
+        self.new.add(shape)
+        return shape in self.seen
 
 
 def choose(
@@ -75,40 +97,69 @@ def choose(
     window: int | None,
     shapes: Shapes,
     documents: Documents | None = None,
+    softcap: float | None = None,
 ) -> Attend:
     """The implementation for q of `shape` (B, H, T, K), of `like`'s dtype and device. A window as long as T is no window."""
-    b, h, t, k = shape
-    if documents is not None:
-        return _for_documents(like, k, scale, window if window is not None and window < documents.longest else None, documents)
-    if window is not None and window >= t:
-        window = None
+    key = (shape, like.dtype, like.device, scale, mask is None, window, documents, softcap, flex.trouble())
+    found = shapes.chosen.get(key)
+    if found is None:
+        longest = shape[2] if documents is None else documents.longest
+        window = None if window is not None and window >= longest else window
+        kind, why = _kind(shape, like, mask is not None, window, shapes, documents is not None, softcap)
+        if mask is not None:
+            window = None  # a mask of the model holds its window too
+        found = shapes.chosen[key] = Attend(kind, scale, window, why, documents, softcap)
+    return found
+
+
+def _kind(
+    shape: tuple[int, int, int, int],
+    like: Tensor,
+    masked: bool,
+    window: int | None,
+    shapes: Shapes,
+    packed: bool,
+    softcap: float | None,
+) -> tuple[str, str]:
+    """(kind, why) of `choose`, whose arguments these are."""
+    _, _, t, k = shape
+    about = "packed documents" if packed else f"sliding window of {window}" if window else ""
     if like.device.type != "cuda" or like.dtype not in (torch.float16, torch.bfloat16):
-        return Attend("plain", scale, window, f"{like.device.type} {str(like.dtype).removeprefix('torch.')}")
+        return "plain", _and(about, f"{like.device.type} {str(like.dtype).removeprefix('torch.')}")
     if k % 8:
-        return Attend("plain", scale, window, f"head width {k}")
-    if mask is not None:
-        return Attend("efficient", scale, None, "a mask that is not causal alone")  # a mask of the model holds its window too
-    major, _ = torch.cuda.get_device_capability(like.device)
+        return "plain", _and(about, f"head width {k}")
+    major = capability_of(like)[0]
+    if softcap is not None:
+        return _kind_with_softcap(k, masked, major)
+    if masked:
+        return "efficient", "a mask that is not causal alone"
     if major < 8:
-        return Attend("plain" if window else "efficient", scale, window, f"capability {major}")
-    if window is not None:
-        return Attend("flash", scale, window, f"sliding window of {window}")
+        about = _and(about, f"capability {major}")
+        if window is not None and k > _EFFICIENT_WINDOW_LARGEST_HEAD:
+            return "plain", f"{about}, head width {k}"
+        return "efficient documents" if packed else "efficient window" if window else "efficient", about
+    if about:
+        return "flash documents" if packed else "flash", about
     if major >= 9 and k <= _CUDNN_LARGEST_HEAD and t > 1:  # cuDNN refuses one token
-        if t >= _LONG or shapes.repeated(b, h, t, k):
-            return Attend("cudnn", scale, None, "Hopper or newer")
-        return Attend("flash", scale, None, "first batch of this shape")
-    return Attend("flash", scale, None, "Ampere or Ada")
+        if shapes.repeated(*shape) or t >= _LONG:
+            return "cudnn", "Hopper or newer"
+        return "flash", "first batch of this shape"
+    return "flash", "Ampere or Ada"
 
 
-def _for_documents(like: Tensor, head: int, scale: float, window: int | None, documents: Documents) -> Attend:
-    """The implementation for packed documents, whose batch is one row of tokens."""
-    fast = like.device.type == "cuda" and like.dtype in (torch.float16, torch.bfloat16) and head % 8 == 0
-    major = torch.cuda.get_device_capability(like.device)[0] if fast else 0
-    if fast and major >= 8:
-        return Attend("flash documents", scale, window, "packed documents", documents)
-    if fast and window is None:
-        return Attend("efficient documents", scale, None, f"packed documents, capability {major}", documents)
-    return Attend("plain", scale, window, "packed documents without a kernel for them", documents)
+def _and(about: str, more: str) -> str:
+    return f"{about}, {more}" if about else more
+
+
+def _kind_with_softcap(head: int, masked: bool, major: int) -> tuple[str, str]:
+    if masked:
+        return "plain", "a softcap on the scores and a mask that is not causal alone"
+    if major < 8:
+        return "plain", f"a softcap on the scores, capability {major}"
+    if not flex.SMALLEST_HEAD <= head <= flex.LARGEST_HEAD:
+        return "plain", f"a softcap on the scores, head width {head}"
+    trouble = flex.trouble()
+    return ("plain", trouble) if trouble else ("flex", "a softcap on the scores")
 
 
 def forward(
@@ -132,8 +183,10 @@ def forward(
             window_size_left=side[0], window_size_right=side[1],
         )  # fmt: skip
         return out.transpose(1, 2), (lse, state, unused), (t, *side)
-    if how.documents is not None and how.kind != "plain":
+    if how.kind == "flash documents" and how.documents is not None:
         return _documents_forward(how, how.documents, q, k, v)
+    if how.kind in ("efficient documents", "efficient window"):
+        return _efficient_forward(how, q, k, v)
     if how.kind == "efficient":
         rep = q.shape[1] // k.shape[1]
         bias = _bias(mask, q)
@@ -141,8 +194,13 @@ def forward(
             q, *(repeat(a, rep) for a in (k, v)), bias, True, 0.0, mask is None, scale=how.scale
         )
         return out, (lse, seed, offset), ()
-    out, lse = _plain_forward(how, q, k, v, mask)
-    return out, (lse,), ()
+    if how.kind == "flex":
+        try:
+            out, lse = flex.forward(how, q, k, v)
+        except flex.NotCompiled:  # said in a warning there; from now on `choose` gives such calls to the formulas
+            return _plain_forward(how, q, k, v, mask)
+        return out, (lse,), (_BY_FLEX,)
+    return _plain_forward(how, q, k, v, mask)
 
 
 def backward(
@@ -162,8 +220,10 @@ def backward(
             window_size_left=left, window_size_right=right,
         )  # fmt: skip
         return tuple(g.transpose(1, 2) for g in grads)
-    if how.documents is not None and how.kind != "plain":
+    if how.kind == "flash documents" and how.documents is not None:
         return _documents_backward(how, how.documents, do, q, k, v, out, kept)
+    if how.kind in ("efficient documents", "efficient window"):
+        return _efficient_backward(how, do, q, k, v, out, kept)
     if how.kind == "efficient":
         lse, seed, offset = kept
         g, rep = k.shape[1], q.shape[1] // k.shape[1]
@@ -172,7 +232,20 @@ def backward(
             mask is None, scale=how.scale,
         )  # fmt: skip
         return dq, _sum_groups(dk, g), _sum_groups(dv, g)
-    return _plain_backward(how, do, q, k, v, out, mask, kept[0])
+    lse = kept[0]
+    if numbers == (_BY_FLEX,):
+        try:
+            return flex.backward(how, do, q, k, v, out, lse)
+        except flex.NotCompiled:
+            lse = flex.natural(lse, q.shape[0], q.shape[2])
+    return plain.backward(how, do, q, k, v, out, mask, lse)
+
+
+def _plain_forward(
+    how: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Any, ...]]:
+    out, lse = plain.forward(how, q, k, v, mask)
+    return out, (lse,), ()
 
 
 def _dense(out: Tensor) -> Tensor:
@@ -188,21 +261,14 @@ def _side_by_side(*tensors: Tensor) -> list[Tensor]:
 def _documents_forward(
     how: Attend, documents: Documents, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Any, ...]]:
-    b, h, t, _ = q.shape
+    b, _, t, _ = q.shape
     starts, longest = documents.starts, documents.longest
-    if how.kind == "flash documents":
-        left, right = how.side
-        out, lse, state, unused, _ = aten._flash_attention_forward(
-            *_side_by_side(q, k, v), starts, starts, longest, longest, 0.0, True, False, scale=how.scale,
-            window_size_left=left, window_size_right=right,
-        )  # fmt: skip
-        return out.unflatten(0, (b, t)).transpose(1, 2), (lse, state, unused), ()
-    rep = h // k.shape[1]
-    rows = [x[None] for x in _side_by_side(q, repeat(k, rep), repeat(v, rep))]
-    out, lse, seed, offset, *_ = aten._efficient_attention_forward(
-        *rows, None, starts, starts, longest, longest, 0.0, 1, True, scale=how.scale
-    )
-    return out[0].unflatten(0, (b, t)).transpose(1, 2), (lse, seed, offset), ()
+    left, right = how.side
+    out, lse, state, unused, _ = aten._flash_attention_forward(
+        *_side_by_side(q, k, v), starts, starts, longest, longest, 0.0, True, False, scale=how.scale,
+        window_size_left=left, window_size_right=right,
+    )  # fmt: skip
+    return out.unflatten(0, (b, t)).transpose(1, 2), (lse, state, unused), ()
 
 
 def _documents_backward(
@@ -210,24 +276,51 @@ def _documents_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     b, _, t, _ = q.shape
     starts, longest = documents.starts, documents.longest
-    if how.kind == "flash documents":
-        lse, state, unused = kept
-        left, right = how.side
-        grads = aten._flash_attention_backward(
-            *_side_by_side(do, q, k, v, out), lse, starts, starts, longest, longest, 0.0, True, state, unused, scale=how.scale,
-            window_size_left=left, window_size_right=right,
-        )  # fmt: skip
-        dq, dk, dv = (g.unflatten(0, (b, t)).transpose(1, 2) for g in grads)
-        return dq, dk, dv
-    lse, seed, offset = kept
-    g, rep = k.shape[1], q.shape[1] // k.shape[1]
-    rows = [x[None] for x in _side_by_side(do, q, repeat(k, rep), repeat(v, rep))]
-    grads = aten._efficient_attention_backward(
-        *rows, None, _side_by_side(_dense(out))[0][None], starts, starts, longest, longest, lse, 0.0, seed, offset, 1, False,
-        scale=how.scale,
+    lse, state, unused = kept
+    left, right = how.side
+    grads = aten._flash_attention_backward(
+        *_side_by_side(do, q, k, v, out), lse, starts, starts, longest, longest, 0.0, True, state, unused, scale=how.scale,
+        window_size_left=left, window_size_right=right,
     )  # fmt: skip
-    dq, dk, dv = (x[0].unflatten(0, (b, t)).transpose(1, 2) for x in grads[:3])
+    dq, dk, dv = (g.unflatten(0, (b, t)).transpose(1, 2) for g in grads)
+    return dq, dk, dv
+
+
+_CAUSAL = 1  # the memory-efficient kernel's word for a mask from the top left
+
+
+def _efficient_forward(how: Attend, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Any, ...]]:
+    """Causal with a window or packed documents or both: what the public operator of this kernel does not pass on."""
+    b, h, t, _ = q.shape
+    rep = h // k.shape[1]
+    rows, starts, longest = _efficient_rows(how, q, repeat(k, rep), repeat(v, rep))
+    out, lse, seed, offset, *_ = aten._efficient_attention_forward(
+        *rows, None, starts, starts, longest, longest, 0.0, _CAUSAL, True, scale=how.scale, window_size=how.window
+    )
+    return out.reshape(b, t, h, -1).transpose(1, 2), (lse, seed, offset), ()
+
+
+def _efficient_backward(
+    how: Attend, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: tuple
+) -> tuple[Tensor, Tensor, Tensor]:
+    lse, seed, offset = kept
+    b, h, t, _ = q.shape
+    g, rep = k.shape[1], h // k.shape[1]
+    (do_, q_, k_, v_, out_), starts, longest = _efficient_rows(how, do, q, repeat(k, rep), repeat(v, rep), _dense(out))
+    longest = t if longest is None else longest
+    grads = aten._efficient_attention_backward(
+        do_, q_, k_, v_, None, out_, starts, starts, longest, longest, lse, 0.0, seed, offset, _CAUSAL, False,
+        scale=how.scale, window_size=how.window,
+    )  # fmt: skip
+    dq, dk, dv = (x.reshape(b, t, h, -1).transpose(1, 2) for x in grads[:3])
     return dq, _sum_groups(dk, g), _sum_groups(dv, g)
+
+
+def _efficient_rows(how: Attend, *tensors: Tensor) -> tuple[list[Tensor], Tensor | None, int | None]:
+    """(B, H, T, K) as the kernel takes them, (B, T, H, K) or for documents (1, B T, H, K); where these begin; their longest."""
+    if how.documents is None:
+        return [x.transpose(1, 2) for x in tensors], None, None
+    return [x[None] for x in _side_by_side(*tensors)], how.documents.starts, how.documents.longest
 
 
 def of_heads(how: Attend, kept: tuple[Tensor, ...], heads: slice) -> tuple[Tensor, ...]:
@@ -260,50 +353,3 @@ def _bias(mask: Tensor | None, q: Tensor) -> Tensor | None:
     padded = mask.new_zeros(*mask.shape[:-1], room, dtype=q.dtype)
     padded[..., :t] = mask
     return padded[..., :t].expand(b, h, t, t)
-
-
-# -- the formulas: S = scale q k^T + mask, P = exp(S - lse), out = P v ---------------------------------------------------
-
-
-def _scores(how: Attend, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, H, T, T) in float32 or wider; -inf where a query may not look."""
-    t = q.shape[2]
-    scores = (q @ k.transpose(-1, -2)) * how.scale
-    if mask is not None:
-        return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
-    place = torch.arange(t, device=q.device)
-    distance = place[:, None] - place[None, :]
-    hidden = distance < 0 if how.window is None else (distance < 0) | (distance >= how.window)
-    if how.documents is not None:
-        every = torch.arange(q.shape[0] * t, device=q.device)
-        which = torch.searchsorted(how.documents.starts.long(), every, right=True).view(-1, 1, t)
-        hidden = hidden | (which[..., :, None] != which[..., None, :])
-    return scores.masked_fill(hidden, -math.inf)
-
-
-def _widen(*tensors: Tensor) -> list[Tensor]:
-    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
-
-
-def _plain_forward(how: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    rep = q.shape[1] // k.shape[1]
-    wide = _widen(q, repeat(k, rep), repeat(v, rep))
-    scores = _scores(how, wide[0], wide[1], mask)
-    lse = scores.logsumexp(-1)
-    lse = torch.where(lse == -math.inf, 0.0, lse)  # a row that may look nowhere (a padded query) gives zeros, not NaN
-    out = torch.exp(scores - lse[..., None]) @ wide[2]
-    # As (B, T, H, K) underneath, so that merging the heads is a view.
-    return out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse
-
-
-def _plain_backward(
-    how: Attend, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Tensor | None, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dv = P^T do; dS = P (do v^T - sum(do out)); dq = scale dS k; dk = scale dS^T q."""
-    g, rep = k.shape[1], q.shape[1] // k.shape[1]
-    do_, q_, k_, v_, out_ = _widen(do, q, repeat(k, rep), repeat(v, rep), out)
-    p = torch.exp(_scores(how, q_, k_, mask) - lse[..., None])
-    dv = p.transpose(-1, -2) @ do_
-    ds = p * (do_ @ v_.transpose(-1, -2) - (do_ * out_).sum(-1, keepdim=True)) * how.scale
-    dq, dk = ds @ k_, ds.transpose(-1, -2) @ q_
-    return dq.to(q.dtype), _sum_groups(dk, g).to(k.dtype), _sum_groups(dv, g).to(v.dtype)

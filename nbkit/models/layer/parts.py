@@ -37,6 +37,7 @@ class Parts:
         self.d, self.f = self.qkv.inputs, self.down.inputs
         self.scale = float(getattr(attention, "scaling", self.k**-0.5))
         self.window = window_of(family, config, index)
+        self.softcap = softcap_of(family, config)
         if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
             raise Unfit(f"the activation is {config.hidden_act}, not {family.mlp.activation}")
         if self.qkv.sizes != (self.h * self.k, self.g * self.k, self.g * self.k):
@@ -111,13 +112,19 @@ def window_of(family: Family, config: Any, index: int) -> int | None:
     return int(width) if kinds and kinds[index] == "sliding_attention" else None
 
 
+def softcap_of(family: Family, config: Any) -> float | None:
+    """The softcap on attention's scores, or None: of a family without one, or of a config that has none set."""
+    key = family.attention.softcap_key
+    value = getattr(config, key, None) if key else None
+    return float(value) if value else None
+
+
 def require_declared(family: Family) -> None:
     """Raises: Unfit for a fact that the fused layer has no step for yet."""
     a, m, n = family.attention, family.mlp, family.norm
     reasons = {
         "fused q/k/v": a.fused_qkv,
         "q/k norm": a.qk_norm,
-        "a softcap on the scores": a.softcap_key is not None,
         "attention sinks": a.sinks,
         "a fused gate/up projection": m.fused,
         "experts": m.experts_key is not None,
