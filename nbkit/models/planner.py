@@ -173,7 +173,7 @@ def choose(
 
 
 def _needs(
-    plan: Plan, sizes: forecast.Sizes, four_bit: bool, optimizer_bytes: int, stepped: bool, richer: tuple[int, int] = (0, 0)
+    plan: Plan, sizes: forecast.Sizes, four_bit: bool, optimizer_bytes: float, stepped: bool, richer: tuple[int, int] = (0, 0)
 ) -> int:
     """Bytes beyond the loaded model; `richer`: so many layers keep what that level says."""
     keep = plan.keep

@@ -56,9 +56,7 @@ class Binding:
         self.writer: BorderWriter | None = None
         # As a trainer or `patch` asks for it; "auto" and False: what fits. None: as transformers' own switch on the model says.
         self.checkpoint: bool | str | None = None
-        self.optimizer_bytes: float = (
-            8  # of the optimizer's state for a LoRA parameter: float32 Adam, unless a trainer says otherwise
-        )
+        self.optimizer_bytes: float = 8  # of state for a LoRA parameter: float32 Adam, unless a trainer says otherwise
         self.host: Host | None = None  # made when a plan first asks for host RAM
         self.side: Side | None = None  # the second stream, made when a layer first uses it
         self.recording = False  # a step is being recorded as a CUDA graph
