@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 
@@ -93,13 +88,9 @@ class Unsloth(Stock):
         import torch
         from unsloth import FastLanguageModel
 
-        from benchmarks._models import TARGETS, fill_lora, folder_for
+        from benchmarks._models import TARGETS, fill_lora, written
 
-        folder = folder_for(wanted.name, wanted.weights)
-        if not (folder / "config.json").is_file():  # in a process without Unsloth, which changes other libraries
-            command = [sys.executable, "-m", "benchmarks._models", wanted.name, wanted.weights, str(folder), "--device", device]
-            subprocess.run(command, check=True, stdin=subprocess.DEVNULL, cwd=Path(__file__).resolve().parents[1])
-        os.chdir(tempfile.mkdtemp())  # it writes what it compiles into the current folder
+        folder = written(wanted.name, wanted.weights, device)
         model, _ = FastLanguageModel.from_pretrained(
             str(folder), max_seq_length=max(2048, wanted.tokens), dtype=torch.bfloat16, load_in_4bit=wanted.weights == "nf4"
         )

@@ -9,6 +9,8 @@ import argparse
 import json
 import math
 import shutil
+import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -149,6 +151,15 @@ def folder_for(name: str, weights: str) -> Path:
     written = [folder for folder in known if (folder / "config.json").is_file()]
     roomy = memory.is_dir() and shutil.disk_usage(memory).free > 48 * 2**30
     return written[0] if written else known[0 if roomy else 1]
+
+
+def written(name: str, weights: str, device: str = "cuda") -> Path:
+    """The checkpoint folder of this model; written by a process of its own if it is not there yet."""
+    folder = folder_for(name, weights)
+    if not (folder / "config.json").is_file():
+        command = [sys.executable, "-m", "benchmarks._models", name, weights, str(folder), "--device", device]
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, cwd=Path(__file__).resolve().parents[1])
+    return folder
 
 
 def main() -> None:

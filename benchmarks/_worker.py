@@ -5,11 +5,11 @@ usage: python -m benchmarks._worker PROCESS DEVICE      (bench_training.py start
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import os
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -280,6 +280,7 @@ def serve(process: str, device: str) -> None:
     sys.stdout = sys.stderr
     if process == "unsloth":
         os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+        os.chdir(tempfile.mkdtemp())  # it writes what it compiles into the current folder
         import unsloth  # noqa: F401  # it asks to be the first of all
     worker = Worker(device)
     for line in sys.stdin:
@@ -293,11 +294,6 @@ def serve(process: str, device: str) -> None:
             gc.collect()
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
-
-
-def fields(wanted: Wanted) -> dict[str, Any]:
-    """What `load` takes, as JSON."""
-    return dataclasses.asdict(wanted)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Real lengths instead of full rows: non-pad tokens per second of LoRA training, each arm packed as its makers document it.
 
-usage: python benchmarks/bench_lengths.py ARM[,ARM] WORKLOAD... [--model 8b] [--steps 24] [--out FILE.csv]
+usage: python -m benchmarks.bench_lengths ARM[,ARM] WORKLOAD... [--model 8b] [--steps 24] [--budget SECONDS] [--out FILE.csv]
 ARM: nbkit (packs of a fixed token budget), stock (transformers + PEFT, padded, as its users run it), unsloth-packed and
 unsloth-padding-free (its SFTTrainer; needs unsloth, and runs in a process of its own).
 WORKLOAD: alpaca (log-normal, mean 210 tokens, 8 rows a step) or sharegpt (mean 950, 4 rows a step); a pack holds 2,048 and
@@ -19,8 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
+
+from benchmarks._results import ROOT, append, stamp
 
 WORKLOADS = {"alpaca": (210, 0.8, 16, 2048, 8), "sharegpt": (950, 0.9, 32, 4096, 4)}  # mean, sigma, least, pack and most, rows
 VOCAB = 128256
@@ -88,7 +92,7 @@ def nbkit_arm(workload: str, model_name: str, steps: int) -> dict[str, Any]:
     import torch
 
     import nbkit
-    from benchmarks.bench_training import build
+    from benchmarks._models import build
     from nbkit.models.forwards import GRAPHS
     from nbkit.models.layer import binding_of
 
@@ -114,7 +118,7 @@ def nbkit_arm(workload: str, model_name: str, steps: int) -> dict[str, Any]:
 def stock_arm(workload: str, model_name: str, steps: int) -> dict[str, Any]:
     import torch
 
-    from benchmarks.bench_training import build
+    from benchmarks._models import build
 
     per_step = WORKLOADS[workload][4]
     rows = rows_of(workload, (steps + WARM_UP) * per_step)
@@ -143,16 +147,17 @@ def unsloth_arm(workload: str, model_name: str, steps: int, packed: bool) -> dic
     from trl import SFTConfig, SFTTrainer
     from unsloth import FastLanguageModel
 
-    from benchmarks.bench_training import TARGETS
+    from benchmarks._models import TARGETS, fill_lora, written
 
     _, _, _, budget, per_step = WORKLOADS[workload]
-    folder = model_folder(model_name)
+    folder = written(model_name, "nf4")
     model, tokenizer = FastLanguageModel.from_pretrained(
         str(folder), max_seq_length=budget, dtype=torch.bfloat16, load_in_4bit=True
     )
     model = FastLanguageModel.get_peft_model(
         model, r=16, target_modules=TARGETS, lora_alpha=16, lora_dropout=0, bias="none", use_gradient_checkpointing="unsloth"
     )
+    fill_lora(model)
     rows = rows_of(workload, (steps + WARM_UP) * per_step * 2)
     words = [" ".join(f"w{i}" for i in row) for row in rows]
     seen: dict[str, list] = {"tokens": [], "seconds": [], "start": [0.0]}
@@ -190,32 +195,6 @@ def unsloth_arm(workload: str, model_name: str, steps: int, packed: bool) -> dic
     )
 
 
-def model_folder(name: str) -> Path:
-    """A checkpoint of random weights with a word-level tokenizer of the whole vocabulary, written once a machine."""
-    folder = Path(tempfile.gettempdir()) / f"nbkit-bench-{name}"
-    if not (folder / "tokenizer.json").is_file():
-        import torch
-        from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-        from benchmarks.bench_training import SHAPES
-
-        config = LlamaConfig(
-            vocab_size=VOCAB, num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=5e5,
-            bos_token_id=1, eos_token_id=2, pad_token_id=0, **SHAPES[name],
-        )  # fmt: skip
-        torch.set_default_dtype(torch.bfloat16)
-        with torch.device("cuda"):
-            LlamaForCausalLM(config).save_pretrained(folder)
-        words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCAB)}}
-        made = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-        made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>").save_pretrained(
-            folder
-        )
-    return folder
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arms")
@@ -223,27 +202,54 @@ def main() -> None:
     parser.add_argument("--model", default="8b")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--budget", type=float, default=180, help="seconds one arm may take for one workload")
+    parser.add_argument("--commit", default="", help="written to the CSV; found from git if not given")
     given = parser.parse_args()
     arms = given.arms.split(",")
+    for arm in arms:
+        if arm not in ARMS:
+            parser.error(f"there is no arm {arm!r}; there are {', '.join(ARMS)}")
     if len(arms) > 1 or len(given.workloads) > 1:  # a process each: unsloth changes other libraries
-        for workload in given.workloads:
-            for arm in arms:
-                command = [sys.executable, __file__, arm, workload, "--model", given.model, "--steps", str(given.steps)]
-                subprocess.run([*command, *(["--out", str(given.out)] if given.out else [])], check=False)
+        for workload, arm in product(given.workloads, arms):
+            alone(arm, workload, given)
         return
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-    run = {
-        "nbkit": nbkit_arm,
-        "stock": stock_arm,
-        "unsloth-packed": lambda *a: unsloth_arm(*a, packed=True),
-        "unsloth-padding-free": lambda *a: unsloth_arm(*a, packed=False),
-    }[arms[0]]
-    found = run(given.workloads[0], given.model, given.steps)
+    found = ARMS[arms[0]](given.workloads[0], given.model, given.steps)
     if given.out:
-        from benchmarks.bench_training import commit, versions
+        append(given.out, [{**found, **stamp(given.commit, ("unsloth", "trl"))}])
 
-        before = json.loads(given.out.read_text()) if given.out.is_file() else []
-        given.out.write_text(json.dumps([*before, {**found, "commit": commit(), **versions()}], indent=1))
+
+def alone(arm: str, workload: str, given: argparse.Namespace) -> None:
+    """One arm in a process of its own; one that fails, or takes too long, is said and does not end the others."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.bench_lengths",
+        arm,
+        workload,
+        "--model",
+        given.model,
+        "--steps",
+        str(given.steps),
+    ]
+    command += [*(["--out", str(given.out.resolve())] if given.out else []), "--commit", given.commit]
+    try:
+        code = subprocess.run(command, check=False, timeout=given.budget, cwd=ROOT).returncode
+        note = f"ended with code {code}" if code else ""
+    except subprocess.TimeoutExpired:
+        note = f"given up after {given.budget:.0f} s"
+    if note:
+        print(f"{workload}, {arm}: {note}", flush=True)
+    if note and given.out:
+        append(given.out, [{"workload": workload, "arm": arm, "note": note, **stamp(given.commit, ("unsloth", "trl"))}])
+
+
+ARMS = {
+    "nbkit": nbkit_arm,
+    "stock": stock_arm,
+    "unsloth-packed": partial(unsloth_arm, packed=True),
+    "unsloth-padding-free": partial(unsloth_arm, packed=False),
+}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The gpu-marked tests and the tables, on a machine with a CUDA device. Results and logs go to $OUT (default benchmarks/results).
-# usage: benchmarks/gpu.sh tests | kernels | training ROW... | trainer ROW... | lengths ARM,... WORKLOAD...      wheels in .whl, where there are any, are installed first
+# usage: benchmarks/gpu.sh tests [FILE...] | kernels | training ROW... | table | trainer ROW... | lengths ARM,... WORKLOAD... | NAME ...
+# "table" is the whole table of docs/performance.md; NAME runs benchmarks/bench_NAME.py. Wheels in .whl, where there are any, are
+# installed first. A file .commit with the commit's name counts where the machine's own git is not at it; so does --commit NAME.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-OUT=${OUT:-benchmarks/results}
-mkdir -p "$OUT"
+OUT=$(mkdir -p "${OUT:-benchmarks/results}" && cd "${OUT:-benchmarks/results}" && pwd)
 if [ -d .whl ] && [ ! -d build/site ]; then
   python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target build/site .whl/*.whl || exit 1
 fi
@@ -13,10 +14,20 @@ export PYTHONPATH=$PWD:${PYTHONPATH:-} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TOKEN
 export PYTORCH_ALLOC_CONF=expandable_segments:True
 what=$1
 shift
+commit=()
+[ -s .commit ] && [[ " $* " != *" --commit "* ]] && commit=(--commit "$(head -c 40 .commit | tr -d '[:space:]')")
+quiet='FutureWarning|UserWarning|DeprecationWarning|warnings\.warn'
+run() { # SECONDS LINES MODULE ARGUMENT...: all to a log, the last lines here; ended early enough to write what there is
+  local seconds=$1 lines=$2 module=$3
+  shift 3
+  timeout -k 15 "$seconds" python3 -W ignore "benchmarks/$module.py" "$@" "${commit[@]}" 2>&1 | tee -a "$OUT/$what.log" | grep -vE "$quiet" | tail -"$lines"
+}
+table=(1b:nf4:2x512 1b:bf16:2x512 8b:nf4:2x2048 8b:nf4:1x512 8b:nf4:1x8192 8b:nf4:1x32768:r32 8b:bf16:2x2048)
 case $what in
-  tests) timeout 400 python3 -m pytest -q -m gpu -p no:cacheprovider ${@:-$(grep -rl --include='test_*.py' 'mark.gpu' tests)} 2>&1 | tee "$OUT/tests.log" | tail -60 ;;
-  kernels) timeout 200 python3 benchmarks/bench_kernels.py --out "$OUT/kernels.csv" "$@" 2>&1 | tee "$OUT/kernels.log" | tail -90 ;;
-  training) timeout 560 python3 benchmarks/bench_training.py "$@" --out "$OUT/training.csv" 2>&1 | tee "$OUT/training.log" | tail -120 ;;
-  trainer) timeout 560 python3 benchmarks/bench_trainer.py "$@" --out "$OUT/trainer.csv" 2>&1 | tee "$OUT/trainer.log" | grep -v Warning | tail -60 ;;
-  lengths) timeout 560 python3 benchmarks/bench_lengths.py "$@" --out "$OUT/lengths.json" 2>&1 | tee -a "$OUT/lengths.log" | grep -v Warning | tail -40 ;;
+  tests) run 400 80 gpu_tests "$@" --out "$OUT" ;;
+  kernels) run 150 110 bench_kernels --out "$OUT/kernels.csv" "$@" ;;
+  training) run 570 120 bench_training "$@" --out "$OUT/training.csv" ;;
+  table) run 570 120 bench_training "${table[@]}" --total 550 "$@" --out "$OUT/training.csv" ;;
+  lengths) run 570 60 bench_lengths "$@" --out "$OUT/lengths.csv" ;;
+  *) run 570 80 "bench_$what" "$@" --out "$OUT/$what.csv" ;;
 esac
