@@ -24,7 +24,7 @@ from typing import Any
 from nbkit.errors import TrainingError
 
 MANIFEST = "manifest.json"
-MANIFEST_SCHEMA = 1
+MANIFEST_SCHEMA = 2  # 1 had optimizer, schedule and random states in pickles
 KEEP = 2  # whole checkpoints kept in a run folder
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -70,11 +70,19 @@ def staged(folder: Path, step: int, facts: Mapping[str, Any], needed_bytes: int)
 
 
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint of a run folder, and one sentence for each newer one that is damaged."""
+    """The newest whole checkpoint of a run folder, and one sentence for each newer one that is damaged.
+
+    Raises: TrainingError if it is of an older nbkit, whose state this one does not open.
+    """
     passed_over = []
     for step, path in sorted(_candidates(folder), reverse=True):
         manifest, fault = _verify(path)
         if manifest is not None:
+            if manifest["schema"] < MANIFEST_SCHEMA:
+                raise TrainingError(
+                    f"{path} is of an older nbkit that pickled the optimizer's state, and pickles are not opened; "
+                    "finish that run with the older nbkit, or start a new run in another run_dir."
+                )
             return Checkpoint(path, step, manifest), passed_over
         passed_over.append(f"{path.name} was passed over: {fault}.")
     return None, passed_over
@@ -158,7 +166,7 @@ def _verify(path: Path) -> tuple[Mapping[str, Any] | None, str]:
                 return None, f"{name} is not as it was written"
     except FileNotFoundError:
         return None, "its saving was cut off"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return None, f"its manifest cannot be read ({type(error).__name__})"
     return manifest, ""
 

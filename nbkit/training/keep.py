@@ -14,6 +14,7 @@ import torch
 from nbkit.errors import TrainingError
 from nbkit.models.checkpointing import set_checkpointing
 from nbkit.models.layer import binding_of
+from nbkit.training.optim import BYTES
 
 # Instance attributes that those libraries and nbkit's trainer set.
 _BOUND = ("forward", "_original_forward", "_is_accelerate_prepared", "zero_grad")
@@ -57,10 +58,10 @@ class ModelState:
 
 
 def tell_optimizer_bytes(model: Any, name: str) -> None:
-    """Tell the planner what the optimizer of that name keeps of each trained parameter: two states of 4 bytes, or of 1."""
+    """Tell the planner what the optimizer of that name keeps of each trained parameter: two states of 4 bytes, or of 8 bits."""
     binding = binding_of(model)
     if binding is not None:
-        binding.optimizer_bytes = 2 if "8bit" in name.lower() else 8
+        binding.optimizer_bytes = BYTES if "8bit" in name.lower() else 8
 
 
 def require_finite(model: Any, step: int) -> None:

@@ -149,7 +149,7 @@ def _arguments(train: TrainConfig, folder: Path, model: Any, compute: Any, steps
         "warmup_steps": train.warmup_steps,
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
-        "optim": _optimizer(train.optimizer, model, on_cpu),
+        "optim": _optimizer(train.optimizer, model),
         "seed": train.seed,
         "use_cpu": on_cpu,
         "bf16": compute == torch.bfloat16,  # autocast: adapters stay in float32, products run in half precision
@@ -170,18 +170,12 @@ def _arguments(train: TrainConfig, folder: Path, model: Any, compute: Any, steps
     }
 
 
-SMALL = 2**26  # trained parameters up to which float32 states (8 bytes each) are no burden beside 4-bit weights
+SMALL = 2**26  # trained parameters up to which float32 states (8 bytes each) are no burden beside the weights
 
 
-def _optimizer(name: str, model: Any, on_cpu: bool) -> str:
-    """What "auto" means hangs on the model alone, so that a run resumes with the same optimizer on any card.
-
-    The 8-bit one saves 6 bytes a trained parameter but launches each tensor's step by itself, which on a small model takes
-    as long as the rest of the step: it is for adapters large enough that the bytes count.
-    """
-    if name == "auto" and not on_cpu and getattr(model, "is_loaded_in_4bit", False):
+def _optimizer(name: str, model: Any) -> str:
+    """What "auto" means hangs on the model alone, so that a run resumes with the same optimizer on any card."""
+    if name == "auto":
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return "adamw_8bit" if trained > SMALL else "adamw_torch_fused"
-    if name in ("auto", "adamw"):
-        return "adamw_torch_fused"
-    return name
+    return "adamw_torch_fused" if name == "adamw" else name

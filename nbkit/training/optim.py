@@ -19,6 +19,13 @@ from nbkit.kernels.adamw8bit import BLOCK, State8, adamw8bit_, table_of
 BYTES = 2 + 8 / BLOCK  # of state for a parameter: two codes, and two float32 maxima a block
 
 
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer inside accelerate's wrappers."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
 class _Set:
     """Parameters of one group, dtype and device. Their state is the optimizer's `state[params[0]]`, a dict of State8's fields."""
 

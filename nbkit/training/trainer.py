@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from nbkit.config import RunConfig
 from nbkit.data.collate import Collator
@@ -26,8 +26,9 @@ from nbkit.events import CheckpointEvent, Event, MemoryEvent, MessageEvent, Step
 from nbkit.families import find
 from nbkit.hardware.meter import Meter
 from nbkit.models import overflow, running
-from nbkit.training import checkpoints, loader
+from nbkit.training import checkpoints, loader, state
 from nbkit.training.keep import ModelState, require_finite
+from nbkit.training.optim import AdamW8bit, unwrapped
 from nbkit.training.watch import Guard, Liveness, Norms
 
 # Progress is told by events alone; these would print a second table.
@@ -122,6 +123,13 @@ class TrainerMixin:
             self.optimizer.state.clear()  # accelerate keeps the optimizer itself until the trainer is collected
 
     # -- what transformers' loop asks --------------------------------------------------------------
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
+        """ "adamw_8bit" is nbkit's, one launch a step; transformers would take bitsandbytes', a launch for each tensor."""
+        if args.optim != "adamw_8bit":
+            return Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return AdamW8bit, {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
 
     def get_train_dataloader(self) -> Any:
         """Batches of the examples in seeded order, collated and on the device."""
@@ -255,6 +263,7 @@ class TrainerMixin:
         now, step = time.perf_counter(), self.state.global_step
         self._told += 1
         if self._told == 1:
+            self._checkpoint_bytes()  # raises where the optimizer's state cannot be kept: now rather than at the first save
             self._tell_choices(step)
         if self._told == GRAPHS_AFTER or (last and self._told < GRAPHS_AFTER):
             said = running.recorded(self.model)
@@ -305,9 +314,7 @@ class TrainerMixin:
         require_finite(self.model, step)
         with checkpoints.staged(folder, step, self.link.facts, self._checkpoint_bytes()) as staging:
             self.model.save_pretrained(staging, save_embedding_layers=False)  # "auto" would ask the hub for the base config
-            self._save_optimizer_and_scheduler(str(staging))
-            self._save_scaler(str(staging))
-            self._save_rng_state(str(staging))
+            state.save(staging, self._state())
             self.state.save_to_json(str(staging / "trainer_state.json"))
         checkpoints.prune(folder)
         self.link.emit(CheckpointEvent(step=step, path=str(folder / checkpoints.name_of(step))))
@@ -317,11 +324,41 @@ class TrainerMixin:
         """Into the adapter that is there: PEFT's `load_adapter` may dispatch the whole model anew."""
         checkpoints.load_adapter(self.model, Path(resume_from_checkpoint))
 
+    def _state(self) -> dict[str, Any]:
+        """What a resume needs beside weights and transformers' own counters."""
+        scaler = self.accelerator.scaler
+        return {
+            "optimizer": state.of_optimizer(unwrapped(self.optimizer)),
+            "scheduler": self.lr_scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "random": state.of_random(),
+        }
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            state.restore_optimizer(state.load(Path(checkpoint), "optimizer"), unwrapped(self.optimizer), Path(checkpoint))
+            self.lr_scheduler.load_state_dict(state.load(Path(checkpoint), "scheduler"))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """The loss scale of float16; where only one of checkpoint and run has one, it begins anew, and that is said."""
+        saved = None if checkpoint is None else state.load(Path(checkpoint), "scaler")
+        scaler = self.accelerator.scaler
+        if saved is not None and scaler is not None:
+            scaler.load_state_dict(saved)
+        elif checkpoint is not None and (saved is None) != (scaler is None):
+            was, now = ("another dtype", "float16") if saved is None else ("float16", "another dtype")
+            text = f"The checkpoint was trained in {was}, this run goes on in {now}: losses will differ a little."
+            self.link.emit(MessageEvent(step=self.state.global_step, level="warning", text=text))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            said = state.restore_random(state.load(Path(checkpoint), "random"), Path(checkpoint))
+            if said:
+                self.link.emit(MessageEvent(step=self.state.global_step, level="warning", text=said))
+
     def _checkpoint_bytes(self) -> int:
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
-        states = self.optimizer.state.values() if self.optimizer is not None else ()
-        moments = sum(v.numel() * v.element_size() for s in states for v in s.values() if isinstance(v, torch.Tensor))
-        return weights + moments + 2_000_000  # manifest, random states, headers
+        return weights + state.bytes_of(unwrapped(self.optimizer)) + 2_000_000  # manifest, random states, headers
 
 
 class _Boundaries(TrainerCallback):

@@ -9,20 +9,19 @@ import torch
 from torch import Tensor
 
 from nbkit.errors import TrainingError
+from nbkit.training.optim import unwrapped
 
 
 class Guard:
     """Lets the optimizer skip a step that is not finite by itself, on the device, so that nobody has to wait before it.
 
-    torch's fused AdamW reads `found_inf`, one element on the device: where it is 1, weights and state stay as they are.
+    Optimizers with this mark (torch's fused ones, nbkit's) read `found_inf`, one element on the device, which torch's GradScaler
+    would give them: where it is 1, weights and state stay as they are.
     """
 
     def __init__(self, optimizer: Any) -> None:
-        inner = optimizer
-        while hasattr(inner, "optimizer"):  # accelerate's wrapper
-            inner = inner.optimizer
-        fused = isinstance(inner, torch.optim.AdamW) and all(group.get("fused") for group in inner.param_groups)
-        self._optimizer: Any = inner if fused else None
+        inner = unwrapped(optimizer)
+        self._optimizer: Any = inner if getattr(inner, "_step_supports_amp_scaling", False) else None
 
     def arm(self, figures: Tensor) -> bool:
         """Skip the coming step if any of `figures` is not finite; False if this optimizer cannot."""

@@ -19,7 +19,7 @@ FACTS = {"data": {"fingerprint": "f"}, "config": {}}
 def publish(folder: Path, step: int, content: bytes = b"weights") -> Path:
     with checkpoints.staged(folder, step, FACTS, 0) as staging:
         (staging / "adapter_model.safetensors").write_bytes(content)
-        (staging / "optimizer.pt").write_bytes(bytes(1000))
+        (staging / "training_state.safetensors").write_bytes(bytes(1000))
     return folder / checkpoints.name_of(step)
 
 
@@ -41,8 +41,8 @@ def test_the_manifest_says_what_is_in_the_checkpoint(tmp_path: Path) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["step"] == 40 and manifest["data"] == {"fingerprint": "f"}
     assert manifest["versions"]["torch"] and manifest["versions"]["transformers"]
-    assert set(manifest["files"]) == {"adapter_model.safetensors", "optimizer.pt"}
-    assert manifest["files"]["optimizer.pt"]["bytes"] == 1000
+    assert set(manifest["files"]) == {"adapter_model.safetensors", "training_state.safetensors"}
+    assert manifest["files"]["training_state.safetensors"]["bytes"] == 1000
 
 
 def test_nothing_is_left_when_writing_fails(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["delete", "empty", "halve", "flip"])
-@pytest.mark.parametrize("name", ["manifest.json", "adapter_model.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize("name", ["manifest.json", "adapter_model.safetensors", "training_state.safetensors"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, name: str, how: str) -> None:
     publish(tmp_path, 1)
     damage(publish(tmp_path, 2) / name, how)

@@ -70,13 +70,13 @@ def test_a_torn_checkpoint_costs_one_save_interval(
     tmp_path: Path, uninterrupted: tuple[dict[int, float], dict[str, torch.Tensor]]
 ) -> None:
     stopped_at(tmp_path / "run", 5, save_steps=2)
-    (tmp_path / "run" / "checkpoint-000005" / "optimizer.pt").unlink()
+    (tmp_path / "run" / "checkpoint-000005" / "training_state.safetensors").unlink()
     model = rig.lora_model(dropout=0.1)
     run = Run(rig.config(tmp_path / "run", save_steps=2, **SETTINGS), model, tiny_tokenizer(), rig.rows(11), resume=True)
     run.wait(progress=False)
     assert losses(run.events) == {n: loss for n, loss in uninterrupted[0].items() if n > 4}
     warned = [event.text for event in run.events if isinstance(event, MessageEvent) and event.level == "warning"]
-    assert warned == ["checkpoint-000005 was passed over: optimizer.pt is missing."]
+    assert warned == ["checkpoint-000005 was passed over: training_state.safetensors is missing."]
 
 
 def test_checkpoints_come_every_save_steps_and_at_the_end_and_two_are_kept(tmp_path: Path) -> None:
