@@ -76,3 +76,20 @@ def test_checkpointing_saves_memory_whatever_is_free():
 def test_gradients_and_optimizer_are_counted_once():
     first, later = (choose(EIGHT, 4096, 140 * GIB, four_bit=False, stepped=stepped) for stepped in (False, True))
     assert first.needed - later.needed == EIGHT.lora * (8 + 8)
+
+
+def test_room_that_is_left_goes_to_the_last_layers():
+    for gib in (13, 9, 5, 3, 2.5, 1.6, 1.2):
+        plan = choose(EIGHT, 4096, int(gib * GIB), four_bit=True, host=100 * GIB, may_park=True, optimizer_bytes=2)
+        assert plan.richer is not None and plan.richer.level < plan.keep.level and not plan.richer.offload
+        assert 0 < plan.count < EIGHT.layers and f"the last {plan.count} layers level {plan.richer.level}" in str(plan)
+        each = 4096 * (forecast.kept(plan.richer.level, EIGHT) - forecast.kept(plan.keep.level, EIGHT))
+        assert plan.needed <= 0.97 * gib * GIB - 128 * 2**20 < plan.needed + max(each, 4096 * 2 * 4096) + 400 * 2**20
+    assert choose(EIGHT, 4096, 13 * GIB, four_bit=True).count > choose(EIGHT, 4096, 9 * GIB, four_bit=True).count
+    assert choose(EIGHT, 4096, 140 * GIB, four_bit=True).count == 0
+    assert choose(EIGHT, 4096, 9 * GIB, four_bit=True, checkpointed=True).count == 0
+
+
+def test_more_repeated_work_for_less_memory():
+    work = [forecast.repeated(level, 4096, EIGHT) for level in LEVELS]
+    assert work[0] == 0 and work == sorted(work) and len(set(work)) == len(work)

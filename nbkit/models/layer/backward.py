@@ -45,16 +45,17 @@ class Gradients:
         dtype = like.dtype if self.tiles == 1 else torch.promote_types(like.dtype, torch.float32)
         return torch.empty(shape or like.shape, dtype=dtype, device=like.device)
 
-    def add(self, dy: Tensor, x: Tensor, xa: Tensor) -> None:
-        """dy (n, O + R) with its border filled, x (n, I), xa (n, R) = x A^T."""
+    def add(self, dy: Tensor, x: Tensor | None, xa: Tensor | None) -> None:
+        """dy (n, O + R) with its border filled, x (n, I), xa (n, R) = x A^T. Without x dA is there already, without xa dB."""
         o = self.group.outputs
-        if self.da is not None:
+        if self.da is not None and x is not None:
             accumulate(self.da, dy[:, o : o + self.group.rank].t(), x, 1.0, self.first)
+        if xa is not None:
             for out, t in zip(self.db, self.group.terms, strict=True):
                 accumulate(out, dy[:, t.start : t.stop].t(), xa[:, t.offset : t.offset + t.rank], t.scale, self.first)
         for (dw, db), own in zip(self.own, self.group.own, strict=True):
             part = dy[:, own.start : own.stop]
-            if dw is not None:
+            if dw is not None and x is not None:
                 accumulate(dw, part.t(), x, 1.0, self.first)
             if db is not None:
                 total = part.sum(0, dtype=ops.wide(db.dtype))
@@ -201,22 +202,46 @@ def _mlp_and_o(
     dy = fill_border(g, p.down, w_down)
     dh = input_gradient(dy, p.down, w_down)
     dgu = border(2 * p.f, p.gate_up, n, x)
-    ops.swiglu_backward(dh, gate_up[:, : p.f], gate_up[:, p.f :], dgu[:, : p.f], dgu[:, p.f : 2 * p.f], h=dh)
-    # dh holds h by now
-    xa_down = kept.xa_down[t] if kept.xa_down is not None else lora_products(dh, p.down, w_down)
+    xa_down = kept.xa_down[t] if kept.xa_down is not None else None
+    fused = xa_down is not None and _activation_and_lora(p, dy, dh, gate_up, xa, dgu, sums)
+    if not fused:
+        ops.swiglu_backward(dh, gate_up[:, : p.f], gate_up[:, p.f :], dgu[:, : p.f], dgu[:, p.f : 2 * p.f], h=dh)
+        # dh holds h by now
+        xa_down = lora_products(dh, p.down, w_down) if xa_down is None else xa_down
     with beside(side, g, dh, xa_down):
-        sums["down"].add(dy, dh, xa_down)
+        sums["down"].add(dy, None if fused else dh, xa_down)
     del dh, gate_up
     fill_border(dgu, p.gate_up, w_gate_up)
     with beside(side, dgu, h, xa, mid):
         if again:
             normed(p, 1, mid, h)
-        sums["gate_up"].add(dgu, h, xa)
+        sums["gate_up"].add(dgu, h, None if fused else xa)
     d_norm = input_gradient(dgu, p.gate_up, w_gate_up)
     norms.back(1, d_norm, mid, kept.rstd2[t], g[:, : p.d], g_mid[:, : p.d])
     dy = fill_border(g_mid, p.o, p.o.weight())
     with beside(side, g_mid, out, xa_o):
         sums["o"].add(dy, out[t], xa_o)
+
+
+def _activation_and_lora(
+    p: Parts, dy: Tensor, dh: Tensor, gate_up: Tensor, xa: Tensor, dgu: Tensor, sums: dict[str, Gradients]
+) -> bool:
+    """dgate and dup into dgu, and in the same pass dB of gate and up and dA of down; False, and nothing done, where it cannot."""
+    down, both = sums["down"], sums["gate_up"]
+    starts = [t.start for t in p.gate_up.terms]
+    if len(p.down.terms) > 1 or len(set(starts)) < len(starts) or p.down.own or p.gate_up.own:
+        return False
+    if not ops.fits(dh, p.down.rank, *(t.rank for t in p.gate_up.terms)):
+        return False
+    found = {t.start: (t, db) for t, db in zip(p.gate_up.terms, both.db, strict=True)}
+    (gate, db_gate), (up, db_up) = (found.get(start, (None, None)) for start in (0, p.f))
+    ops.swiglu_lora_backward(
+        dh, gate_up[:, : p.f], gate_up[:, p.f :], dy[:, p.d :], xa, dgu[:, : p.f], dgu[:, p.f : 2 * p.f],
+        gate_rank=gate.rank if gate is not None else 0,
+        scales=(gate.scale if gate is not None else 1.0, up.scale if up is not None else 1.0),
+        da=None if down.da is None else down.da[: p.down.terms[0].rank], db_gate=db_gate, db_up=db_up, add=not down.first,
+    )  # fmt: skip
+    return True
 
 
 def lora_products(x: Tensor, group: Group, weight: Tensor) -> Tensor:

@@ -64,10 +64,18 @@ def border(width: int, group: Group, rows: int, like: Tensor) -> Tensor:
     return torch.empty(rows, width + group.rank, dtype=like.dtype, device=like.device)
 
 
-def project(x: Tensor, group: Group, weight: Tensor, out: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """x (n, I + R), its first I columns filled -> x W^T + LoRA (+ bias) (+ residual). Fills the last R columns with x A^T."""
+SMALL = 2**20  # bytes of LoRA's products of down_proj that a layer keeps even where memory is short
+
+
+def project(
+    x: Tensor, group: Group, weight: Tensor, out: Tensor | None = None, residual: Tensor | None = None, filled: bool = False
+) -> Tensor:
+    """x (n, I + R), its first I columns filled -> x W^T + LoRA (+ bias) (+ residual).
+
+    Fills the last R columns with x A^T, unless they are `filled`.
+    """
     i, o, r = group.inputs, group.outputs, group.rank
-    if r:
+    if r and not filled:
         torch.mm(x[:, :i], weight[o : o + r, :i].t(), out=x[:, i:])
     w = weight[:o, : i + r].t()
     if residual is not None:
@@ -154,7 +162,7 @@ def run(call: Call, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) ->
     p, keep, n, side = call.parts, call.keep, call.rows, call.side
     stats = torch.empty(2, n, dtype=ops.wide(x.dtype), device=x.device)
     kept = Kept(stats[0], stats[1])
-    if not keep.in_place:
+    if not keep.in_place or n * p.down.rank * x.element_size() <= SMALL:
         kept.xa_down = empty(x, n, p.down.rank)
     if keep.mid:
         kept.mid, kept.xa_o = empty(x, n, p.d), empty(x, n, p.o.rank)
@@ -215,9 +223,16 @@ def _o_and_mlp(
         kept.xa_gate_up[t] = h[:, p.d :]
     del h
     hidden = border(p.f, p.down, rows, x)
-    ops.swiglu_forward(gate_up[:, : p.f], gate_up[:, p.f :], hidden[:, : p.f])
+    activate(p, gate_up, w_down, hidden, kept.xa_down[t] if kept.xa_down is not None else None)
     if side is not None:
         side.wait(copied)
-    project(hidden, p.down, w_down, out=y, residual=residual)
-    if kept.xa_down is not None:
-        kept.xa_down[t] = hidden[:, p.f :]
+    project(hidden, p.down, w_down, out=y, residual=residual, filled=True)
+
+
+def activate(p: Parts, gate_up: Tensor, weight: Tensor, hidden: Tensor, xa: Tensor | None) -> None:
+    """h = silu(gate) up into the first F columns of `hidden`, LoRA's products h A^T into those that follow and into `xa`."""
+    gate, up, o, r = gate_up[:, : p.f], gate_up[:, p.f :], p.down.outputs, p.down.rank
+    if r:
+        ops.swiglu_lora_forward(gate, up, weight[o : o + r, : p.f], hidden[:, : p.f], hidden[:, p.f :], xa)
+    else:
+        ops.swiglu_forward(gate, up, hidden[:, : p.f])

@@ -8,8 +8,20 @@ from nbkit.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from nbkit.kernels.rope import rope_rotate_
 from nbkit.kernels.rope_pack import rotate_pack
 from nbkit.kernels.swiglu import swiglu_backward, swiglu_forward
+from nbkit.kernels.swiglu_lora import fits, swiglu_lora_backward, swiglu_lora_forward
 
-__all__ = ["rms_norm_backward", "rms_norm_forward", "rope_rotate_", "rotate_pack", "swiglu_backward", "swiglu_forward", "wide"]
+__all__ = [
+    "fits",
+    "rms_norm_backward",
+    "rms_norm_forward",
+    "rope_rotate_",
+    "rotate_pack",
+    "swiglu_backward",
+    "swiglu_forward",
+    "swiglu_lora_backward",
+    "swiglu_lora_forward",
+    "wide",
+]
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -9,6 +9,7 @@ import torch
 
 from nbkit.families import find
 from nbkit.models.layer import Binding, Keep, bind
+from nbkit.models.planner import Plan
 from tests.models.layer.rig import batch, fill, lora, step, worst
 from tests.tiny import tiny_model
 
@@ -62,6 +63,21 @@ def test_every_level_and_tile_gives_the_same(level, tile):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_normed_rows_host_memory_head_groups_and_gradients_in_place(family, keep):
     assert_same(lora(family), batch(padded=True), keep)
+
+
+@pytest.mark.parametrize("keep", [Keep(2), Keep(4, 16, True, 1), Keep(4, None, False, 2)], ids=str)
+@pytest.mark.parametrize("richer", [Keep(0), Keep(0, 16), Keep(1), Keep(2, 16, False, 1)], ids=str)
+def test_last_layers_that_keep_more_change_nothing(keep, richer):
+    model, inputs = lora("llama"), batch(padded=True)
+    loss, grads = step(model, **inputs)
+    binding = bound(model)
+    rows = inputs["input_ids"].numel()
+    binding.planner.plan = Plan(keep, False, rows, 0, 0, "", richer=richer, count=1)
+    assert [binding.keep_of(i) for i in range(len(binding.bound))] == [keep] * (len(binding.bound) - 1) + [richer]
+    fused_loss, fused = step(model, **inputs)
+    assert binding.reasons == {} and len(binding.bound) > 1
+    assert float(abs(fused_loss - loss) / loss) <= 1e-5
+    assert worst(fused, grads)[0] <= 1e-5
 
 
 def test_host_memory_is_used_again_and_two_forwards_keep_apart():
