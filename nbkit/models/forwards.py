@@ -26,7 +26,7 @@ from nbkit.kernels.rms_norm import rms_norm
 from nbkit.kernels.rope import rope
 from nbkit.kernels.swiglu import swiglu
 from nbkit.models.graphs import Pack
-from nbkit.models.layer.adapters import OURS
+from nbkit.models.layer.adapters import OURS, base_of
 from nbkit.models.layer.bind import LAST, causal_only
 from nbkit.models.layer.bind import MARK as LAYER_MARK
 from nbkit.models.layer.function import FinalNorm
@@ -34,6 +34,7 @@ from nbkit.models.obstacles import longer_than_positions
 from nbkit.models.outputs import LossOutput
 
 MARK = "_nbkit_family"  # instance attribute: the family whose facts the bound forward reads
+PLAIN = {"input_ids", "attention_mask", "use_cache", "num_items_in_batch", "shift_labels"}  # what a recorded step can take
 PACKED = {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}  # what a collator says of a pack
 GRAPHS = "_nbkit_graphs"  # instance attribute of the causal LM: its recorded steps, if it may have any
 FORWARDS: dict[str, Callable[..., Any]] = {}  # by the name of the op
@@ -211,14 +212,15 @@ def _recorded(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """This step's (loss, hidden states) from a recorded graph, or None if it has to run eagerly."""
     graphs = vars(model).get(GRAPHS)
-    plain = {"input_ids", "attention_mask", "use_cache"}
-    if graphs is None or not model.training or not torch.is_grad_enabled() or inputs["use_cache"]:
+    if graphs is None or not model.training or not torch.is_grad_enabled():
         return None
-    given = {name for name, value in (inputs | kwargs).items() if value is not None}
     pack = _pack(inputs, kwargs)
-    if not given <= plain | {"num_items_in_batch", "shift_labels"} | (PACKED if pack is not None else set()):
-        return None
-    if not causal_only(inputs["attention_mask"]):
+    taken = PLAIN | (PACKED if pack is not None else set())
+    more = sorted(name for name, value in (inputs | kwargs).items() if value is not None and name not in taken)
+    if more or inputs["use_cache"] or not causal_only(inputs["attention_mask"]):
+        graphs.note = (
+            f"steps that are given {', '.join(more)} run eagerly" if more else "a cache or padding on the left runs eagerly"
+        )
         return None
     return graphs.step(inputs["input_ids"], targets, kwargs.get("num_items_in_batch"), pack)
 
@@ -237,7 +239,7 @@ def head_loss(
     model: nn.Module, family: Family, hidden: torch.Tensor, targets: torch.Tensor, num_items: float | torch.Tensor | None
 ) -> torch.Tensor:
     """Mean cross-entropy of the rows of hidden (B, T, D) that have a target (B, T), or their sum over `num_items`."""
-    head: Any = model.get_submodule(family.head.module)
+    head: Any = head_of(model, family)
     softcap, scale = shaping(model, family)
     rows = hidden.reshape(-1, hidden.shape[-1])
     targets = targets.reshape(-1).to(rows.device)
@@ -252,8 +254,16 @@ def head_loss(
     return losses / (count.to(losses.device).clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
 
 
+def head_of(model: nn.Module, family: Family) -> nn.Module:
+    """The model's head; where PEFT trains a copy of it (`modules_to_save`), the one in use now."""
+    head = model.get_submodule(family.head.module)
+    return base_of(head) if "modules_to_save" in head._modules else head
+
+
 def plain_head(head: nn.Module) -> str | None:
     """None if the head is one matrix that may be multiplied by directly; else why it is not."""
+    if hasattr(head, "base_layer"):
+        return "it carries an adapter and makes its own projection of the labelled rows"
     if type(head) is not nn.Linear:
         return f"{type(head).__name__} makes its own projection of the labelled rows"
     if head.bias is not None:

@@ -12,16 +12,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from nbkit.errors import ModelError
 from nbkit.families import Family, find
-from nbkit.kernels._launch import runs_on
-from nbkit.models.forwards import GRAPHS, MARK, bind, is_bound, plain_head, unbind
+from nbkit.kernels._launch import launch_note, runs_on
+from nbkit.models.checkpointing import set_checkpointing
+from nbkit.models.forwards import GRAPHS, MARK, bind, head_of, is_bound, plain_head, unbind
 from nbkit.models.graphs import Graphs
 from nbkit.models.layer import bind as bind_whole
 from nbkit.models.layer import binding_of
 from nbkit.models.obstacles import mixed_devices, stock_reason, weight_format
+from nbkit.models.running import UNASKED, numbers
 
 TITLES = {
     "layer": "whole decoder layer, one node with a hand-written backward",
@@ -54,7 +57,8 @@ class Skipped:
 class PatchReport:
     """What `patch` did. `str()` is made to be read; `bound` and `skipped` list every module it looked at.
 
-    After the first training step it also says what was chosen then: what is kept, which attention, whether steps are recorded.
+    After the first training step it also says what was chosen then: what is kept, which attention, whether steps are recorded,
+    and what has come to run stock since, by the adapters that were added or by what the steps were given.
     """
 
     model: str
@@ -79,19 +83,23 @@ class PatchReport:
         return "\n".join(lines + self.chosen())
 
 
-def patch(model: Any, *, graphs: bool = True) -> PatchReport:
-    """Bind nbkit's forwards to the modules of one model; patching twice changes nothing but `graphs`.
+def patch(model: Any, *, graphs: bool = True, use_gradient_checkpointing: bool | str | None = None) -> PatchReport:
+    """Bind nbkit's forwards to the modules of one model; patching twice changes nothing but what is asked for.
 
     Args:
         model: a transformers causal LM of a declared family, or a PEFT model of one, on any device, also in 4 bits.
         graphs: whether training steps of a shape that returns may be recorded as CUDA graphs. A recorded step gives the
             loss and the gradients of all LoRA parameters; logits read from it carry no gradient.
+        use_gradient_checkpointing: True, "nbkit" or "unsloth": the fused layers keep the least. "auto": what fits is kept.
+            False: the same, and what runs stock is not checkpointed. None: as the model's own switch says, now and later
+            (`model.gradient_checkpointing_enable()`, which trainers call). Layers that run stock, and a model on a CPU, take
+            transformers' own checkpointing.
     With labels the loss is computed from the labelled rows alone; the output's `logits` are then made when they are read.
     A family that is not declared, or a GPU below capability 7.0, runs stock; the report says so.
     In an unmodified TRL SFTTrainer or DPOTrainer the layers are nbkit's and the head is TRL's: from 1.x on a chunked one that
     TRL binds over this one, in 0.29 whole logits, which its entropy and accuracy read at every step (one projection without
     gradient more). Neither records steps. nbkit's own trainer keeps this head, and records.
-    Raises: ModelError for an object that is no transformers model.
+    Raises: ModelError for an object that is no transformers model; ConfigError for another way of checkpointing.
     """
     base = base_model(model)
     family = find(base.config.model_type)
@@ -99,6 +107,8 @@ def patch(model: Any, *, graphs: bool = True) -> PatchReport:
     about = {"model": type(base).__name__, "family": family.name if family else None, "device": str(device)}
     reason = stock_reason(base, family, device)
     if family is None or reason is not None:
+        if use_gradient_checkpointing is not None:
+            set_checkpointing(model, use_gradient_checkpointing)
         return PatchReport(**about, runs="everything runs stock", skipped=(Skipped("", str(reason)),))
     found: list[Bound | Skipped] = []
     for index, layer in enumerate(base.get_submodule(family.decoder.layers)):
@@ -107,26 +117,51 @@ def patch(model: Any, *, graphs: bool = True) -> PatchReport:
     found.append(_bind_head(base, family))
     several, form = mixed_devices(base, family), weight_format(base)
     found += [Skipped(family.decoder.layers, why) for why in (several, form) if why is not None]
-    if device.type == "cuda" and several is None:
+    if _fuses(device) and several is None:
         found += _bind_whole_layers(base, family, graphs)
+    if use_gradient_checkpointing is not None:
+        set_checkpointing(model, use_gradient_checkpointing)
+    skipped = tuple(one for one in found if isinstance(one, Skipped))
     return PatchReport(
         **about,
-        runs="Triton kernels" if runs_on(device) else "plain PyTorch in place of the kernels",
+        runs=_runs(device),
         bound=tuple(one for one in found if isinstance(one, Bound)),
-        skipped=tuple(one for one in found if isinstance(one, Skipped)),
-        chosen=lambda: _chosen(base),
+        skipped=skipped,
+        chosen=lambda: _chosen(base, {one.reason for one in skipped}),
     )
 
 
-def _chosen(base: Any) -> list[str]:
-    """Lines on what the engine has chosen so far."""
+def _fuses(device: torch.device) -> bool:
+    """Whether whole layers are fused: a CPU gains nothing by it."""
+    return device.type == "cuda"
+
+
+def _runs(device: torch.device) -> str:
+    if not runs_on(device):
+        return "plain PyTorch in place of the kernels" + ("" if device.type == "cuda" else ", as there is no GPU")
+    note = launch_note()
+    return f"Triton kernels ({note.removesuffix('.')})" if note else "Triton kernels"
+
+
+def _chosen(base: Any, told: set[str]) -> list[str]:
+    """Lines on what the engine has chosen so far. `told`: reasons that the report names anyway."""
     binding, graphs = binding_of(base), vars(base).get(GRAPHS)
-    if binding is None or not binding.how:
+    if binding is None:
         return []
-    lines = [f"  attention     {'; '.join(sorted(binding.how))}"]
-    lines += [f"  memory        {binding.planner.plan}"] if binding.planner.plan is not None else []
-    lines += [f"  graphs        {graphs.note}"] if graphs is not None else []
-    return lines + [f"  stock         layer {index}: {why}" for index, why in binding.reasons.items()]
+    lines = []
+    if binding.how:
+        lines += [f"  attention     {'; '.join(sorted(binding.how))}"]
+        lines += [f"  memory        {binding.planner.plan}"] if binding.planner.plan is not None else []
+        lines += [f"  graphs        {UNASKED if graphs.note == Graphs.note else graphs.note}"] if graphs is not None else []
+    reasons: dict[str, list[int]] = {}
+    for index, why in binding.reasons.items():
+        reasons.setdefault(why, []).append(index)
+    lines += [f"  stock         {numbers(which)} not fused: {why}" for why, which in reasons.items() if _said(why) not in told]
+    return lines + [f"  stock         no layer is fused in some steps: {why}" for why in binding.asides]
+
+
+def _said(why: str) -> str:
+    return f"{why}; its parts are bound one by one"
 
 
 def unpatch(model: Any) -> None:
@@ -161,10 +196,12 @@ def bind_layer(layer: nn.Module, family: Family, path: str) -> list[Bound | Skip
 def _bind_whole_layers(base: Any, family: Family, graphs: bool) -> list[Bound | Skipped]:
     """The fused layer where it fits. What it hands on to the layer's own forward finds the pieces above bound there."""
     binding = bind_whole(base, family)
-    path = family.decoder.layers
-    found: list[Bound | Skipped] = [Bound(f"{path}.{one.parts.index}", "layer") for one in binding.bound]
-    found += [Skipped(f"{path}.{index}", f"{why}; its parts are bound one by one") for index, why in binding.reasons.items()]
-    if plain_head(base.get_submodule(family.head.module)) is None and graphs:
+    binding.refresh()  # adapters that do not fit are known now and not in the middle of a run
+    path, reasons = family.decoder.layers, binding.reasons
+    fused = [one.parts.index for one in binding.bound if one.parts.index not in reasons]
+    found: list[Bound | Skipped] = [Bound(f"{path}.{index}", "layer") for index in fused]
+    found += [Skipped(f"{path}.{index}", _said(why)) for index, why in reasons.items()]
+    if plain_head(head_of(base, family)) is None and graphs:
         vars(base)[GRAPHS] = Graphs(base, family, binding)
         found.append(Bound("", "graphs"))
     else:
@@ -173,15 +210,19 @@ def _bind_whole_layers(base: Any, family: Family, graphs: bool) -> list[Bound | 
 
 
 def _bind(root: nn.Module, name: str, op: str, family: Family, prefix: str = "", note: str = "") -> Bound | Skipped:
-    module = root.get_submodule(name)
+    """Bind what lies at `name`; where PEFT trains a copy of it (`modules_to_save`), the original and every copy."""
+    found = root.get_submodule(name)
     path = f"{prefix}.{name}" if prefix else name
-    if MARK in vars(module) and (is_bound(module) or not _runs_class_forward(module)):
-        return Bound(path, op, note)  # bound before; another library may have wrapped it since
-    if not type(module).__module__.startswith("transformers.models."):
-        return Skipped(path, f"{type(module).__name__} is not transformers' own class")
-    if not _runs_class_forward(module):
-        return Skipped(path, "another library has bound a forward of its own to it")
-    bind(module, op, family)
+    copies = found._modules.get("modules_to_save")
+    modules: list[nn.Module] = [found] if copies is None else [found.get_submodule("original_module"), *copies.children()]
+    for module in modules:
+        if MARK in vars(module) and (is_bound(module) or not _runs_class_forward(module)):
+            continue  # bound before; another library may have wrapped it since
+        if not type(module).__module__.startswith("transformers.models."):
+            return Skipped(path, f"{type(module).__name__} is not transformers' own class")
+        if not _runs_class_forward(module):
+            return Skipped(path, "another library has bound a forward of its own to it")
+        bind(module, op, family)
     return Bound(path, op, note)
 
 
@@ -195,8 +236,7 @@ def _bind_head(base: Any, family: Family) -> Bound | Skipped:
 
     if type(base).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return Skipped("", f"{type(base).__name__} has no next-token loss; its own forward stays")
-    head = base.get_submodule(family.head.module)
-    reason = plain_head(head)
+    reason = plain_head(head_of(base, family))
     return _bind(base, "", "linear_cross_entropy", family, note=f"{family.head.module}: {reason}" if reason else "")
 
 

@@ -8,12 +8,16 @@ from nbkit.families import find
 from nbkit.models.forwards import GRAPHS
 from nbkit.models.layer import binding_of
 from nbkit.models.obstacles import stock_reason
-from nbkit.models.patch import base_model
+
+UNASKED = (
+    "no step was recorded, since its loss was computed outside the model's own head, as TRL's SFTTrainer and DPOTrainer do; "
+    "nbkit's own trainer and model(..., labels=...) can record"
+)
 
 
 def stock_reasons(model: Any) -> list[str]:
     """Why what runs stock does, one sentence each; none where everything is nbkit's, or on a CPU, where there is no kernel."""
-    base = base_model(model)
+    base = _base(model)
     family, device = find(base.config.model_type), base.get_input_embeddings().weight.device
     whole = stock_reason(base, family, device)
     if whole is not None:
@@ -26,12 +30,13 @@ def stock_reasons(model: Any) -> list[str]:
     layers: dict[str, list[int]] = {}
     for index, why in binding.reasons.items():
         layers.setdefault(why, []).append(index)
-    return [f"{_numbers(numbers)} not fused: {why}" for why, numbers in layers.items()]
+    said = [f"{numbers(which)} not fused: {why}" for why, which in layers.items()]
+    return said + [f"no layer is fused in some steps: {why}" for why in binding.asides]
 
 
 def choices(model: Any) -> list[str]:
     """What the engine chose for the steps so far: memory plan and attention. Empty before the first step and on a CPU."""
-    binding = binding_of(base_model(model))
+    binding = binding_of(_base(model))
     if binding is None or not binding.bound or binding.planner.plan is None:
         return []
     said = [f"Memory: {binding.planner.plan}."]
@@ -40,11 +45,18 @@ def choices(model: Any) -> list[str]:
 
 def recorded(model: Any) -> str | None:
     """Whether steps are replayed as CUDA graphs, and why not if they are not; None where none were ever asked for."""
-    graphs = vars(base_model(model)).get(GRAPHS)
-    return None if graphs is None else f"CUDA graphs: {graphs.note}."
+    graphs = vars(_base(model)).get(GRAPHS)
+    if graphs is None:
+        return None
+    return f"CUDA graphs: {UNASKED if graphs.note == type(graphs).note else graphs.note}."
 
 
-def _numbers(found: list[int]) -> str:
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def numbers(found: list[int]) -> str:
+    """Layers 3, 4 and 5 as "layers 3 to 5 are"."""
     found = sorted(found)
     if len(found) == 1:
         return f"layer {found[0]} is"

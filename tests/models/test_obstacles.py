@@ -78,9 +78,9 @@ def test_what_runs_stock_is_told_while_training() -> None:
 
 
 def test_numbers_of_layers() -> None:
-    assert running._numbers([3]) == "layer 3 is"
-    assert running._numbers([2, 0, 1]) == "layers 0 to 2 are"
-    assert running._numbers([0, 2, 4]) == "3 layers (0, 2, 4) are"
+    assert running.numbers([3]) == "layer 3 is"
+    assert running.numbers([2, 0, 1]) == "layers 0 to 2 are"
+    assert running.numbers([0, 2, 4]) == "3 layers (0, 2, 4) are"
 
 
 def test_longer_than_the_positions() -> None:

@@ -1,0 +1,195 @@
+"""What `nbkit.patch` prints, before and after steps: nothing that runs stock is left unsaid. Layers are fused as on a GPU."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import nbkit
+from nbkit.errors import ConfigError
+from nbkit.models import patch as room
+from nbkit.models import running
+from nbkit.models.layer import binding_of
+from tests.closeness import assert_all_like_stock, assert_like_stock
+from tests.models.layer.rig import TARGETS, batch, fill, lora, step
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(autouse=True)
+def fused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "_fuses", lambda device: True)
+
+
+def adapted(**options: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_model("llama"), LoraConfig(**{"r": 4, "target_modules": TARGETS, **options}))  # type: ignore[arg-type]
+    fill(model)
+    return model.train()
+
+
+def exact(model: Any, inputs: dict[str, Any] | None = None) -> Any:
+    """The report of a model whose patched step equals the stock one."""
+    inputs = inputs or batch(padded=True)
+    torch.manual_seed(3)
+    loss, grads = step(model, **inputs)
+    report = nbkit.patch(model)
+    torch.manual_seed(3)
+    ours, found = step(model, **inputs)
+    assert_like_stock("loss", torch.tensor(ours), torch.tensor(loss))
+    assert_all_like_stock(found, grads)
+    return report
+
+
+FUSED = [
+    {"target_modules": ["q_proj", "v_proj"]},
+    {"use_rslora": True},
+    {"r": 7},
+    {"lora_alpha": 0},
+    {"bias": "all"},
+    {"target_modules": "all-linear"},
+    {"layers_to_transform": [1]},
+    {"modules_to_save": ["input_layernorm", "embed_tokens"]},
+    {"modules_to_save": ["up_proj"], "target_modules": ["q_proj"]},
+    {"trainable_token_indices": [5, 6]},
+    {"init_lora_weights": "pissa"},
+]
+STOCK = [
+    ({"lora_dropout": 0.05}, "q_proj has lora_dropout 0.05"),
+    ({"use_dora": True}, "q_proj uses a variant of LoRA (DoraLinearVariant)"),
+    ({"lora_bias": True}, "q_proj has a bias in its adapter"),
+]
+
+
+@pytest.mark.parametrize("options", FUSED, ids=str)
+def test_adapters_that_are_fused_say_nothing_of_stock(options: dict[str, Any]) -> None:
+    report = exact(adapted(**options))
+    assert not report.skipped and [one.op for one in report.bound].count("layer") == 2, str(report)
+    assert "stock" not in str(report) and "attention     plain" in str(report) and "memory        keep level 0" in str(report)
+
+
+@pytest.mark.parametrize(("options", "why"), STOCK, ids=str)
+def test_adapters_that_are_not_are_named_before_the_first_step(options: dict[str, Any], why: str) -> None:
+    model = adapted(**options)
+    report = exact(model)
+    line = f"  skipped     2 x model.layers.*: {why}; its parts are bound one by one"
+    assert line in str(report).splitlines() and str(report).count(why) == 1, str(report)
+    assert not any(one.op == "layer" for one in report.bound)
+    assert running.stock_reasons(model) == []  # on a CPU nothing is claimed
+
+
+def test_what_comes_to_run_stock_later_is_named_then() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_model("llama")
+    report = nbkit.patch(model)
+    assert "stock" not in str(report) and [one.op for one in report.bound].count("layer") == 2
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS, lora_dropout=0.1, layers_to_transform=[1])).train()
+    step(model, **batch())
+    assert "  stock         layer 1 is not fused: q_proj has lora_dropout 0.1" in str(report).splitlines()
+    with pytest.warns(UserWarning, match="stand aside"), torch.autocast("cpu", torch.bfloat16):
+        step(model, **batch())
+    assert "  stock         no layer is fused in some steps: autocast asks for bfloat16 and the weights are float32" in str(
+        report
+    )
+
+
+def test_an_adapter_on_the_head() -> None:
+    report = exact(adapted(target_modules=[*TARGETS, "lm_head"]))
+    assert "lm_head: it carries an adapter and makes its own projection of the labelled rows" in str(report)
+    assert not any(one.op == "graphs" for one in report.bound)
+    assert not [one for one in exact(adapted(modules_to_save=["lm_head"])).bound if one.note]
+
+
+def test_steps_that_are_not_recorded_say_why() -> None:
+    model = adapted()
+    report = nbkit.patch(model)
+    graphs = lambda: next(line for line in str(report).splitlines() if line.startswith("  graphs"))  # noqa: E731
+    logits = model(input_ids=batch()["input_ids"]).logits  # a loss of one's own, as TRL has it
+    nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch()["labels"][:, 1:].flatten()).backward()
+    assert "no step was recorded, since its loss was computed outside the model's own head, as TRL's" in graphs()
+    assert str(running.recorded(model)).startswith("CUDA graphs: no step was recorded, since its loss")
+    step(model, **batch(), position_ids=torch.arange(19)[None])
+    assert graphs().endswith("steps that are given position_ids run eagerly")
+    step(model, **batch(), use_cache=True)
+    assert graphs().endswith("a cache or padding on the left runs eagerly")
+    step(model, **batch())
+    assert graphs().endswith("the tokens are not on the GPU")
+    assert not any(one.op == "graphs" for one in nbkit.patch(adapted(), graphs=False).bound)
+
+
+def test_another_librarys_forward_and_hooks() -> None:
+    model = adapted()
+    base = model.get_base_model()
+    mlp = base.model.layers[1].mlp
+    theirs = mlp.forward
+    mlp.forward = lambda x: theirs(x) * 0.5
+    base.model.layers[0].self_attn.q_proj.register_forward_hook(lambda module, args, out: out * 2)
+    report = exact(model)
+    lines = str(report).splitlines()
+    parts = "its parts are bound one by one"
+    for line in (
+        f"  skipped     1 x model.layers.*: self_attn.q_proj is hooked, and a fused layer does not call it; {parts}",
+        f"  skipped     1 x model.layers.*: another library has bound a forward of its own to mlp; {parts}",
+        "  skipped     1 x model.layers.*.mlp: another library has bound a forward of its own to it",
+    ):
+        assert line in lines, str(report)
+
+
+def test_every_line_is_short_enough_to_read() -> None:
+    model = adapted(lora_dropout=0.05)
+    report = nbkit.patch(model)
+    step(model, **batch())
+    for line in str(report).splitlines():
+        assert len(line) < 240 and re.fullmatch(r"\S.*\.|  \w+ +.+", line), line
+
+
+# -- gradient checkpointing ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("asked", "level"), [(True, 4), ("nbkit", 4), ("unsloth", 4), (False, 0), ("auto", 0), (None, 0)])
+def test_use_gradient_checkpointing(asked: bool | str | None, level: int) -> None:
+    model = adapted()
+    loss, grads = step(model, **batch())
+    report = nbkit.patch(model, use_gradient_checkpointing=asked)
+    ours, found = step(model, **batch())
+    assert_like_stock("loss", torch.tensor(ours), torch.tensor(loss))
+    assert_all_like_stock(found, grads)
+    assert binding_of(model).planner.keep.level == level  # type: ignore[union-attr]
+    assert ("gradient checkpointing was asked for" in str(report)) is (level == 4)
+    assert not any(getattr(layer, "gradient_checkpointing", False) for layer in model.get_base_model().model.layers)
+    nbkit.unpatch(model)
+    on = bool(asked)
+    assert all(layer.gradient_checkpointing is on for layer in model.get_base_model().model.layers)
+
+
+def test_the_models_own_switch_is_heard_too() -> None:
+    model = adapted()
+    nbkit.patch(model)
+    planner = binding_of(model).planner  # type: ignore[union-attr]
+    for on, level in ((True, 4), (False, 0), (True, 4)):
+        model.gradient_checkpointing_enable() if on else model.gradient_checkpointing_disable()
+        step(model, **batch())
+        assert planner.keep.level == level
+    model.eval()
+    step(model, **batch())  # as transformers does: nothing is checkpointed in eval mode
+    assert planner.keep.level == 0
+
+
+def test_ways_of_checkpointing_that_are_not_known() -> None:
+    for wrong in ("on", 1.5, "NBKIT"):
+        with pytest.raises(ConfigError, match="is not known; give one of True, False, 'auto', 'nbkit', 'unsloth'"):
+            nbkit.patch(adapted(), use_gradient_checkpointing=wrong)  # type: ignore[arg-type]
+
+
+def test_checkpointing_where_no_layer_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "_fuses", lambda device: False)
+    model = lora("llama")
+    nbkit.patch(model, use_gradient_checkpointing="unsloth")
+    assert all(layer.gradient_checkpointing for layer in model.get_base_model().model.layers)
+    nbkit.patch(model, use_gradient_checkpointing=False)
+    assert not any(layer.gradient_checkpointing for layer in model.get_base_model().model.layers)
