@@ -17,7 +17,7 @@ through swiglu.py and torch's GEMMs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -74,15 +74,15 @@ def _store_part(PART, total, first, ranks, col, F, R: tl.constexpr, BLOCK_R: tl.
 @kernel
 def _swiglu_lora_backward_kernel(
     DH, GATE, UP, DGATE, DUP, U, XA_GATE, XA_UP, PART, stride_dh, stride_gate, stride_up, stride_dgate, stride_dup, stride_u,
-    stride_xa, N, F, parts, one, RD: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, BLOCK_R: tl.constexpr,
+    stride_xa, N, F, one, RD: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, FAST: tl.constexpr
 ):  # fmt: skip
     """BLOCK_F columns of one part of the rows, BLOCK_N rows at a time. PART (parts, RD + RG + RU, F): da, db_gate^T, db_up^T."""
     col = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     line, r = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
     blocks = tl.cdiv(N, BLOCK_N)
-    first = tl.program_id(1) * blocks // parts
-    last = (tl.program_id(1) + 1) * blocks // parts
+    first = tl.program_id(1) * blocks // tl.num_programs(1)
+    last = (tl.program_id(1) + 1) * blocks // tl.num_programs(1)
     begin = first.to(tl.int64) * BLOCK_N
     DH += begin * stride_dh
     GATE += begin * stride_gate
@@ -166,7 +166,7 @@ def _swiglu_lora_sums_kernel(
 
 @kernel
 def _swiglu_lora_forward_kernel(
-    GATE, UP, A, OUT, PART, stride_gate, stride_up, stride_a, stride_out, N, F, parts, one, R: tl.constexpr,
+    GATE, UP, A, OUT, PART, stride_gate, stride_up, stride_a, stride_out, N, F, one, R: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, FAST: tl.constexpr
 ):  # fmt: skip
     """BLOCK_N rows of one part of the columns, BLOCK_F columns at a time. PART (parts, N, R) gets the products."""
@@ -174,8 +174,8 @@ def _swiglu_lora_forward_kernel(
     line, r, step = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_F)
     row_ok = (start + line < N)[:, None]
     blocks = tl.cdiv(F, BLOCK_F)
-    first = tl.program_id(1) * blocks // parts
-    last = (tl.program_id(1) + 1) * blocks // parts
+    first = tl.program_id(1) * blocks // tl.num_programs(1)
+    last = (tl.program_id(1) + 1) * blocks // tl.num_programs(1)
     total = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
     for k in range(0, last - first):
         col = (first + k) * BLOCK_F + step
@@ -184,7 +184,7 @@ def _swiglu_lora_forward_kernel(
         up = tl.load(UP + start * stride_up + (line[:, None] * stride_up + col[None, :]), mask=inside, other=0.0).to(tl.float32)
         a = tl.load(A + r[:, None] * stride_a + col[None, :], mask=(r < R)[:, None] & (col < F)[None, :], other=0.0)
         gate = gate.to(tl.float32)
-        h = (gate * (_sigmoid(gate, one, FAST)) * up).to(OUT.dtype.element_ty)
+        h = (gate * _sigmoid(gate, one, FAST) * up).to(OUT.dtype.element_ty)
         tl.store(OUT + start * stride_out + (line[:, None] * stride_out + col[None, :]), h, mask=inside)
         total = _product(tl.trans(a), tl.trans(h), total)
     row = start + line
@@ -201,8 +201,9 @@ def _swiglu_lora_xa_kernel(
     row, r = at // R, at % R
     inside = row < N
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for part in range(0, parts):
-        total += tl.load(PART + part * (N.to(tl.int64) * R) + at, mask=inside, other=0.0)
+    for _ in range(0, parts):
+        total += tl.load(PART + at, mask=inside, other=0.0)
+        PART += N * R
     tl.store(XA + row * stride_xa + r, total.to(XA.dtype.element_ty), mask=inside)
     if KEEP:
         tl.store(KEPT + row * stride_kept + r, total.to(KEPT.dtype.element_ty), mask=inside)
@@ -224,12 +225,14 @@ class Plan(NamedTuple):
     stages: int = 3
 
 
+@lru_cache(256)
 def backward_plan(n: int, f: int, rank: int, processors: int) -> Plan:
     """For (n, f) matrices and the largest of the ranks, on a GPU of so many multiprocessors."""
     block_n, block_f = 32, (64 if rank <= 32 else 32)
     return Plan(block_n, block_f, parts_of(cdiv(f, block_f), cdiv(n, block_n), processors))
 
 
+@lru_cache(256)
 def forward_plan(n: int, f: int, rank: int, processors: int) -> Plan:
     """The same for the forward."""
     block_n, block_f = 32, (128 if rank <= 16 else 64)
@@ -295,7 +298,7 @@ def swiglu_lora_forward(
     part = torch.empty(plan.parts, n, r, dtype=torch.float32, device=gate.device)
     with on_device(gate):
         _swiglu_lora_forward_kernel[(cdiv(n, plan.block_n), plan.parts)](
-            gate, up, a, out, part, gate.stride(0), up.stride(0), a.stride(0), out.stride(0), n, f, plan.parts, 1.0,
+            gate, up, a, out, part, gate.stride(0), up.stride(0), a.stride(0), out.stride(0), n, f, 1.0,
             R=r, BLOCK_R=_block_r(r), BLOCK_N=plan.block_n, BLOCK_F=plan.block_f, FAST=not INTERPRETED,
             num_warps=plan.warps, num_stages=plan.stages
         )  # fmt: skip
@@ -364,7 +367,7 @@ def swiglu_lora_backward(
     with on_device(gate):
         _swiglu_lora_backward_kernel[(cdiv(f, plan.block_f), plan.parts)](
             dh, gate, up, dgate, dup, u, xa_gate, xa_up, part, dh.stride(0), gate.stride(0), up.stride(0), dgate.stride(0),
-            dup.stride(0), u.stride(0), xa.stride(0), n, f, plan.parts, 1.0, **ranks, BLOCK_R=block_r, BLOCK_N=plan.block_n,
+            dup.stride(0), u.stride(0), xa.stride(0), n, f, 1.0, **ranks, BLOCK_R=block_r, BLOCK_N=plan.block_n,
             BLOCK_F=plan.block_f, FAST=not INTERPRETED, num_warps=plan.warps, num_stages=plan.stages
         )  # fmt: skip
         _swiglu_lora_sums_kernel[(cdiv(f, 64), 3)](
