@@ -27,6 +27,7 @@ TRAIN_ON = ("replies", "last_reply", "completions", "all")
 TOO_LONG = ("refuse", "drop", "cut", "split")
 SCHEDULES = ("linear", "cosine", "constant")
 METHODS = ("sft",)
+SMALL_ADAPTER = 2**26  # trained parameters up to which float32 states (8 bytes each) are no burden beside the weights
 EXPORT_KINDS = ("adapter", "merged_16bit", "gguf")
 GGUF_TYPES = ("f16", "q8_0")
 
@@ -151,7 +152,7 @@ class TrainConfig:
     warmup_steps: int = 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    optimizer: str = "auto"  # auto: adamw, or adamw_8bit for a large adapter on 4-bit weights; or any name of SFTConfig(optim=)
+    optimizer: str = "auto"  # auto: adamw, above SMALL_ADAPTER adamw_8bit (nbkit's own); or any name of SFTConfig(optim=)
     # auto: what fits where the engine is bound, else transformers' own; True, "nbkit", "unsloth": the least memory; False: none
     gradient_checkpointing: bool | str = "auto"
     save_steps: int = 0  # 0: only at the end and on stop

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from nbkit.config import LoraConfig
+from nbkit.config import SMALL_ADAPTER, LoraConfig
 from nbkit.families import all_families
 from nbkit.hardware import forecast
 from nbkit.hardware.forecast import NF4_BYTES
@@ -124,7 +124,7 @@ def needs(
     wide = 2 if gpu else 4  # bytes of an activation, and of a weight that is not quantised
     trained = shape.lora_parameters(lora.rank, lora.targets)
     tokens = batch_size * max_seq_length
-    optimizer = 2 if load_in_4bit and gpu else 8  # two moments: 8-bit on quantised weights, float32 else
+    optimizer = 8 if trained <= SMALL_ADAPTER else 2  # two moments in float32 or 8 bits, as optimizer="auto" has them
     return {
         "weights": weight_bytes(shape, load_in_4bit=load_in_4bit, bytes_per_weight=wide),
         "adapter": 4 * trained,

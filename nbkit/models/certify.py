@@ -30,6 +30,7 @@ from nbkit.models import twin as twins
 from nbkit.models.certificate import Certificate, Row
 from nbkit.models.certify_kernels import kernel_rows
 from nbkit.models.closeness import LIKE_STOCK, TOLERANCE, by_element, by_norm, like_stock
+from nbkit.models.dtype import compute_dtype
 from nbkit.models.forwards import GRAPHS
 from nbkit.models.graphs import EAGER_FIRST
 from nbkit.models.layer import Keep, binding_of
@@ -274,17 +275,6 @@ def worst_of(rows: list[Row]) -> list[Row]:
 
 
 # -- facts ---------------------------------------------------------------------------------------------------------------
-
-
-def compute_dtype(base: Any) -> torch.dtype:
-    """What activations are made of: the compute dtype of 4-bit weights, else the dtype of the first floating weight."""
-    for module in base.modules():
-        if type(module).__name__ == "Linear4bit":
-            found = getattr(module, "compute_dtype", None)
-            if found is not None:
-                return found
-    embeddings = base.get_input_embeddings()
-    return embeddings.weight.dtype
 
 
 def _device(base: Any) -> torch.device:

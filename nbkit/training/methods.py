@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbkit.config import RunConfig, TrainConfig
+from nbkit.config import SMALL_ADAPTER, RunConfig, TrainConfig
 from nbkit.errors import TrainingError, nearest
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def build(link: Link, model: Any, tokenizer: Any, examples: Sequence[Any]) -> An
     """
     from datasets import Dataset
 
+    from nbkit.models.dtype import compute_dtype
     from nbkit.training.loader import collator
 
     train = link.config.train
@@ -106,17 +107,6 @@ def check(train: TrainConfig) -> None:
     name, names = train.optimizer, ["auto", "adamw", *(one.value for one in OptimizerNames)]
     if name not in names:
         raise TrainingError(f"optimizer {name!r} is not known; use 'auto', 'adamw' or 'adamw_8bit'.{nearest(name, names)}")
-
-
-def compute_dtype(model: Any) -> Any:
-    """The torch dtype that activations have: the compute dtype of 4-bit weights, else the dtype of the embeddings."""
-    import torch
-
-    quantization = getattr(model.config, "quantization_config", None)
-    if quantization is not None and getattr(quantization, "load_in_4bit", False):
-        dtype = quantization.bnb_4bit_compute_dtype
-        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    return model.get_input_embeddings().weight.dtype
 
 
 @functools.cache
@@ -170,12 +160,9 @@ def _arguments(train: TrainConfig, folder: Path, model: Any, compute: Any, steps
     }
 
 
-SMALL = 2**26  # trained parameters up to which float32 states (8 bytes each) are no burden beside the weights
-
-
 def _optimizer(name: str, model: Any) -> str:
     """What "auto" means hangs on the model alone, so that a run resumes with the same optimizer on any card."""
     if name == "auto":
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return "adamw_8bit" if trained > SMALL else "adamw_torch_fused"
+        return "adamw_8bit" if trained > SMALL_ADAPTER else "adamw_torch_fused"
     return "adamw_torch_fused" if name == "adamw" else name

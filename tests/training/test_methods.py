@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from nbkit.config import METHODS as DECLARED
 from nbkit.errors import TrainingError
@@ -76,12 +75,3 @@ def test_a_constant_schedule_with_warm_up_warms_up(tmp_path: Path) -> None:
     trainer = build(tmp_path, rig.lora_model(), schedule="constant", warmup_steps=2)
     assert trainer.args.lr_scheduler_type.value == "constant_with_warmup"
     trainer.close()
-
-
-def test_the_compute_dtype_of_four_bit_weights_is_their_own(tiny_model_dir: Path) -> None:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=settings, dtype=torch.float32)
-    assert methods.compute_dtype(model) == torch.bfloat16
-    assert methods.compute_dtype(tiny_model()) == torch.float32
