@@ -20,7 +20,6 @@ from torch import Tensor
 from nbkit.errors import TrainingError
 
 STRUCTURE, TENSORS = "training_state.json", "training_state.safetensors"
-PARTS = ("optimizer", "scheduler", "scaler", "random")
 
 
 def save(folder: Path, parts: Mapping[str, Any]) -> None:
@@ -46,7 +45,7 @@ def load(folder: Path, part: str) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
-        structure = json.loads((folder / STRUCTURE).read_text(encoding="utf-8"))
+        structure = dict(json.loads((folder / STRUCTURE).read_text(encoding="utf-8")).items())
         if part not in structure:
             return None
         with safe_open(folder / TENSORS, framework="pt", device="cpu") as file:

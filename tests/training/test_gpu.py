@@ -11,7 +11,7 @@ import torch
 
 from nbkit.errors import TrainingError
 from nbkit.events import MemoryEvent, MessageEvent, RunStarted, StepEvent
-from nbkit.training import checkpoints
+from nbkit.training import checkpoints, state
 from nbkit.training.runner import Run
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training import rig
@@ -56,7 +56,8 @@ def test_half_precision_follows_float32_with_float32_adapters(tmp_path: Path, dt
     last, expected = sum(losses(run)[-6:]) / 6, sum(exact[-6:]) / 6
     assert last == pytest.approx(expected, rel=0.03) and expected < exact[0]
     checkpoint, _ = checkpoints.newest(run.dir)
-    assert checkpoint is not None and ("scaler.pt" in checkpoint.manifest["files"]) is (dtype == torch.float16)
+    assert checkpoint is not None and (state.load(checkpoint.path, "scaler") is not None) is (dtype == torch.float16)
+    assert state.load(checkpoint.path, "random")["cuda"].dtype == torch.uint8
 
 
 def test_float16_that_never_finds_a_scale_ends_in_a_sentence(tmp_path: Path) -> None:
@@ -83,13 +84,35 @@ def test_four_bit_weights_train(tmp_path: Path, tiny_model_dir: Path, optimizer:
     assert sum(losses(run)[-6:]) < sum(losses(run)[:6]) - 0.5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, dtype: torch.dtype, optimizer: str) -> None:
+    settings: dict[str, Any] = {"schedule": "constant", "optimizer": optimizer}
     whole = on_gpu(dtype, dropout=0.1)
-    expected = losses(train(tmp_path / "whole", whole, max_steps=8, schedule="constant"))
-    train(tmp_path / "parts", on_gpu(dtype, dropout=0.1), max_steps=5, schedule="constant")
+    expected = losses(train(tmp_path / "whole", whole, max_steps=8, **settings))
+    train(tmp_path / "parts", on_gpu(dtype, dropout=0.1), max_steps=5, **settings)
     model = on_gpu(dtype, dropout=0.1)
-    again = train(tmp_path / "parts", model, resume=True, max_steps=8, schedule="constant")
+    again = train(tmp_path / "parts", model, resume=True, max_steps=8, **settings)
     assert losses(again) == pytest.approx(expected[5:], abs=1e-6)
     for name, p in rig.adapter(whole).items():
         assert torch.allclose(p, rig.adapter(model)[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_an_overflow_is_skipped_by_the_optimizer_itself(tmp_path: Path, optimizer: str) -> None:
+    """A gradient that is not finite once every tensor has been seen to train: nobody waits before the step, and none is made."""
+    model = on_gpu(torch.bfloat16)
+    calls: list[int] = []
+    before: list[dict[str, torch.Tensor]] = []
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 6:
+            before.append(rig.adapter(model))
+            return gradient * math.nan
+        return gradient
+
+    next(p for n, p in model.named_parameters() if "lora_B" in n).register_hook(spoil)
+    with pytest.raises(TrainingError, match="Step 6: the gradient norm is nan; the weights are as after step 5"):
+        train(tmp_path / "run", model, max_steps=20, optimizer=optimizer)
+    assert all(torch.equal(p, before[0][name]) for name, p in rig.adapter(model).items())

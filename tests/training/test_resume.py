@@ -66,6 +66,48 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     assert started.resumed_from == step and started.total_steps == 8
 
 
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_bnb_8bit", "sgd"])
+def test_other_optimizers_go_on_as_well(tmp_path: Path, optimizer: str) -> None:
+    settings = {**SETTINGS, "optimizer": optimizer}
+    whole = rig.lora_model(dropout=0.1)
+    run = Run(rig.config(tmp_path / "whole", **settings), whole, tiny_tokenizer(), rig.rows(11))
+    run.wait(progress=False)
+    stopped_at(tmp_path / "run", 3, optimizer=optimizer)
+    torch.manual_seed(99)
+    model = rig.lora_model(dropout=0.1)
+    again = Run(rig.config(tmp_path / "run", **settings), model, tiny_tokenizer(), rig.rows(11), resume=True)
+    again.wait(progress=False)
+    assert losses(again.events) == {n: loss for n, loss in losses(run.events).items() if n > 3}
+    expected = rig.adapter(whole)
+    assert all(torch.equal(p, expected[name]) for name, p in rig.adapter(model).items())
+    assert not all(torch.equal(p, rig.adapter(rig.lora_model())[name]) for name, p in expected.items())
+
+
+def test_a_checkpoint_of_an_older_nbkit_is_refused_with_its_pickles_unopened(tmp_path: Path) -> None:
+    import json
+
+    stopped_at(tmp_path / "run", 3)
+    path = tmp_path / "run" / "checkpoint-000003" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "schema": 1}))
+    with pytest.raises(TrainingError, match="checkpoint-000003 is of an older nbkit that pickled the optimizer's state"):
+        Run(rig.config(tmp_path / "run", **SETTINGS), rig.lora_model(), tiny_tokenizer(), rig.rows(11), resume=True)
+
+
+def test_a_checkpoint_in_another_precision_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss scale of float16, on a card without bfloat16, is not there when the run goes on on another."""
+    from nbkit.training import state
+
+    stopped_at(tmp_path / "run", 3)
+    load = state.load
+    monkeypatch.setattr(state, "load", lambda folder, part: {"scale": 2.0} if part == "scaler" else load(folder, part))
+    run = Run(rig.config(tmp_path / "run", **SETTINGS), rig.lora_model(), tiny_tokenizer(), rig.rows(11), resume=True)
+    assert run.wait(progress=False).step == 8
+    assert any(
+        "was trained in float16, this run goes on in another dtype" in e.text for e in run.events if isinstance(e, MessageEvent)
+    )
+
+
 def test_a_torn_checkpoint_costs_one_save_interval(
     tmp_path: Path, uninterrupted: tuple[dict[int, float], dict[str, torch.Tensor]]
 ) -> None:
