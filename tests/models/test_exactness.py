@@ -269,64 +269,6 @@ def test_rows_longer_than_the_positions_are_warned_of() -> None:
         model(input_ids=ids[:, :16], labels=ids[:, :16])
 
 
-# -- trainers ------------------------------------------------------------------------------------------------------------
-
-
-def trained(kind: str, model: Any, folder: Any) -> tuple[list[float], float, dict[str, torch.Tensor]]:
-    """Losses of three steps of two micro-batches, the loss of evaluation after them, and LoRA's weights."""
-    import transformers
-
-    rows = [{k: v[0] for k, v in batch(rows=1, tokens=9, seed=seed).items()} for seed in range(12)]
-    args = getattr(transformers, f"{kind.removesuffix('Trainer')}TrainingArguments")(
-        str(folder), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-3,
-        logging_steps=1, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no", seed=1,
-    )  # fmt: skip
-    trainer = getattr(transformers, kind)(model, args, train_dataset=rows, eval_dataset=rows[:4])
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return losses, trainer.evaluate()["eval_loss"], {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
-
-
-@pytest.fixture(scope="module")
-def stock_training(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return trained("Trainer", adapted(None, "before"), tmp_path_factory.mktemp("stock"))
-
-
-@pytest.mark.parametrize(
-    ("kind", "way", "when"),
-    [("Trainer", "parts", "after"), ("Trainer", "layers", "before"), ("Seq2SeqTrainer", "layers", "after")],
-)
-def test_transformers_trainers(kind: str, way: str, when: str, stock_training: Any, tmp_path: Any) -> None:
-    """LoRA before and after `patch`. Both trainers take the same steps, so one stock run is the measure of all."""
-    losses, evaluated, weights = trained(kind, adapted(way, when), tmp_path)
-    wanted, wanted_evaluated, wanted_weights = stock_training
-    assert losses == pytest.approx(wanted, rel=1e-5) and len(losses) == 3
-    assert evaluated == pytest.approx(wanted_evaluated, rel=1e-5)
-    for name, p in wanted_weights.items():
-        assert torch.allclose(weights[name], p, atol=2e-5), name
-
-
-def adapted(way: str | None, when: str) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    model = tiny_model()
-    if way is not None and when == "after":  # LoRA is added to what is patched already
-        patched(model, way)
-    model = get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM"))
-    fill(model)
-    return patched(model, way) if way is not None and when == "before" else model
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["SFT", "DPO"])
-def test_unmodified_trl_trainers_over_fused_layers(method: str, tmp_path: Any) -> None:
-    from tests.models.test_patch import trl_losses, with_lora
-
-    wanted = trl_losses(method, with_lora(tiny_model()), tmp_path, bf16=False)
-    model = patched(with_lora(tiny_model()), "layers")
-    assert trl_losses(method, model, tmp_path, bf16=False) == pytest.approx(wanted, rel=1e-5) and len(wanted) == 3
-
-
 # -- the real model ------------------------------------------------------------------------------------------------------
 
 

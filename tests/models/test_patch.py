@@ -18,7 +18,7 @@ from nbkit.models import forwards, obstacles
 from nbkit.models.forwards import MARK
 from nbkit.models.patch import patch, unpatch
 from tests.closeness import assert_all_like_stock, assert_close, assert_like_stock
-from tests.tiny import VOCAB, tiny_config, tiny_model, tiny_tokenizer
+from tests.tiny import VOCAB, tiny_config, tiny_model
 
 FAMILIES = ["llama", "mistral", "qwen2"]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -387,34 +387,6 @@ def test_transformers_own_trainer(tmp_path: Any, options: dict[str, Any]) -> Non
     assert losses == pytest.approx(wanted, rel=close)
     assert found["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=close)
     assert found["eval_mean"] == pytest.approx(metrics["eval_mean"], rel=close, abs=1e-3 if options else 1e-6)
-
-
-def trl_losses(method: str, model: Any, folder: Any, bf16: bool) -> list[float]:
-    import trl
-    from datasets import Dataset
-
-    rows = [{"prompt": f"The wind is west {i}", "completion": " it rains.", "chosen": " it rains.", "rejected": f" user {i}"}
-            for i in range(8)]  # fmt: skip
-    columns = ["prompt", "completion"] if method == "SFT" else ["prompt", "chosen", "rejected"]
-    args = getattr(trl, f"{method}Config")(
-        output_dir=str(folder), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1, report_to="none",
-        use_cpu=True, disable_tqdm=True, seed=1, save_strategy="no", bf16=bf16,
-    )  # fmt: skip
-    data = Dataset.from_list(rows).select_columns(columns)
-    trainer = getattr(trl, f"{method}Trainer")(model=model, args=args, train_dataset=data, processing_class=tiny_tokenizer())
-    trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "autocast"])
-@pytest.mark.parametrize("method", ["SFT", "DPO"])
-def test_unmodified_trl_trainers(method: str, bf16: bool, tmp_path: Any) -> None:
-    wanted = trl_losses(method, with_lora(tiny_model()), tmp_path, bf16)
-    model = with_lora(tiny_model())
-    patch(model)
-    assert trl_losses(method, model, tmp_path, bf16) == pytest.approx(wanted, rel=2e-2 if bf16 else 1e-5)
-    assert len(wanted) == 3
 
 
 @pytest.mark.gpu

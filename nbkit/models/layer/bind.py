@@ -26,6 +26,7 @@ from nbkit.models.layer.keep import Keep
 from nbkit.models.layer.offload import Host
 from nbkit.models.layer.parts import Parts
 from nbkit.models.layer.side import FEWEST, Side
+from nbkit.models.layer.stack import Stacks
 from nbkit.models.layer.weights import Scratch
 
 MARK = "_nbkit_layers"  # instance attribute: of the decoder its Binding, of each layer its BoundLayer
@@ -60,6 +61,7 @@ class Binding:
         self.host: Host | None = None  # made when a plan first asks for host RAM
         self.side: Side | None = None  # the second stream, made when a layer first uses it
         self.recording = False  # a step is being recorded as a CUDA graph
+        self.stacks = Stacks(self)
         self.norm: nn.Module | None = None  # after the last layer
         self.embedding = Embedding(decoder)
         self.tied = bool(getattr(config, "tie_word_embeddings", False))
@@ -147,6 +149,7 @@ class Binding:
         self.writer.write()
         self.causal = self.documents = None
         self.shapes.begin()
+        self.stacks.begin()
         if self.host is not None:
             self.host.begin()
         training = torch.is_grad_enabled()
@@ -247,7 +250,8 @@ class Binding:
         self.bound.clear()
         self.writer = self.everything = None  # they hold views of the buffers, and this object lives until it is collected
         self.rows.handed = None
-        self.scratch.buffers.clear()
+        self.scratch.clear()
+        self.stacks = Stacks(self)
         self.embedding.park(False)
         self.host = None
         if self.norm is not None:
@@ -295,7 +299,16 @@ class BoundLayer:
             return run(hidden, **kwargs)
         if kwargs.get("past_key_values") is not None:  # what a second forward would fill twice
             return run(hidden, **kwargs)
-        return layer._gradient_checkpointing_func(partial(run, **kwargs), hidden)
+        return layer._gradient_checkpointing_func(partial(self._once, run, **kwargs), hidden)
+
+    def _once(self, run: Callable[..., Any], hidden: Tensor, **kwargs: Any) -> Any:
+        """`run` with transformers' switch off: at the backward a trainer may have turned it on again, and it would nest."""
+        layer: Any = self.parts.layer
+        on, layer.gradient_checkpointing = layer.gradient_checkpointing, False
+        try:
+            return run(hidden, **kwargs)
+        finally:
+            layer.gradient_checkpointing = on
 
     def release(self) -> None:
         layer = vars(self.parts.layer)
@@ -329,7 +342,7 @@ def _before(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
 def _after(decoder: nn.Module, args: tuple, output: Any) -> None:
     binding = vars(decoder).get(MARK)
     if binding is not None:
-        binding.causal = binding.documents = None
+        binding.causal = binding.documents = binding.stacks.ahead = None
 
 
 def forward(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
@@ -338,6 +351,8 @@ def forward(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | Non
     if bound is None:  # a copy of a bound layer
         return type(self).forward(self, hidden_states, attention_mask=attention_mask, **kwargs)
     binding, parts = bound.binding, bound.parts
+    if hidden_states is binding.stacks.ahead:
+        return hidden_states
     causal = attention_mask is not None and attention_mask is binding.causal
     mask = None if causal else attention_mask
     turned = kwargs.get("position_embeddings")
@@ -348,6 +363,8 @@ def forward(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | Non
             mask = mask_of(binding.documents, parts.window, hidden_states)
         return bound.stock(hidden_states, attention_mask=mask, **kwargs)
     cos, sin = turned
+    if causal and (call := binding.stacks.call(bound, hidden_states, cos, sin)) is not None:
+        return binding.stacks.run(call, hidden_states, cos, sin)
     b, t, _ = hidden_states.shape
     shape = (b, parts.h, t, parts.k)
     how = attention.choose(

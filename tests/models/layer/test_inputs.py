@@ -175,3 +175,26 @@ def test_layers_that_run_stock_are_checkpointed_by_transformers() -> None:
     step(model, **batch())
     assert set(binding.reasons) == {1} and calls == [1]
     binding.release()
+
+
+def test_checkpointing_switched_off_and_on_between_forward_and_backward() -> None:
+    """As TRL's DPO does around the forward of its reference."""
+    results = []
+    for fused in (False, True):
+        model = lora("llama")
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+        binding = bound(model) if fused else None
+        with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            loss = model(**batch()).loss
+        model.gradient_checkpointing_disable()
+        with torch.no_grad(), model.disable_adapter():
+            model(**batch())
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        loss.backward()
+        results.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        if binding is not None:
+            assert binding.asides
+            binding.release()
+    assert worst(results[1], results[0])[0] == 0
