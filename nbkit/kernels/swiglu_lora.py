@@ -211,8 +211,8 @@ def _swiglu_lora_xa_kernel(
 
 # -- how it is cut ---------------------------------------------------------------------------------
 
-LEAST_BLOCKS = 3  # of rows (backward) or columns (forward) that a program walks over, at the least
-ROUNDS = (3, 12)  # programs for each multiprocessor, at least and at most, where there is work enough
+LEAST_BLOCKS = (8, 4)  # of rows (backward) and of columns (forward) that a program walks over, at the least
+ROUNDS = (6, 2)  # programs for each multiprocessor, where there is work enough
 
 
 class Plan(NamedTuple):
@@ -228,26 +228,20 @@ class Plan(NamedTuple):
 @lru_cache(256)
 def backward_plan(n: int, f: int, rank: int, processors: int) -> Plan:
     """For (n, f) matrices and the largest of the ranks, on a GPU of so many multiprocessors."""
-    block_n, block_f = 32, (64 if rank <= 32 else 32)
-    return Plan(block_n, block_f, parts_of(cdiv(f, block_f), cdiv(n, block_n), processors))
+    block_n, block_f = 32, (128 if rank <= 32 else 32)
+    parts = parts_of(cdiv(f, block_f), cdiv(n, block_n), ROUNDS[0] * processors, LEAST_BLOCKS[0])
+    return Plan(block_n, block_f, parts, *((4, 2) if rank <= 16 else (8, 3) if rank <= 32 else (4, 3)))
 
 
-@lru_cache(256)
 def forward_plan(n: int, f: int, rank: int, processors: int) -> Plan:
     """The same for the forward."""
-    block_n, block_f = 32, (128 if rank <= 16 else 64)
-    return Plan(block_n, block_f, parts_of(cdiv(n, block_n), cdiv(f, block_f), processors))
+    block_n, block_f = 32, (128 if rank <= 32 else 64)
+    return Plan(block_n, block_f, parts_of(cdiv(n, block_n), cdiv(f, block_f), ROUNDS[1] * processors, LEAST_BLOCKS[1]))
 
 
-def parts_of(tiles: int, blocks: int, processors: int) -> int:
-    """Into how many parts each tile's `blocks` are cut: the fewest whose programs fill the last round of the GPU best."""
-    most = max(blocks // LEAST_BLOCKS, 1)
-    low, high = (min(cdiv(rounds * processors, tiles), most) for rounds in ROUNDS)
-
-    def filled(parts: int) -> float:
-        return round(tiles * parts / (cdiv(tiles * parts, processors) * processors), 2)
-
-    return max(range(low, high + 1), key=lambda parts: (filled(parts), -parts))
+def parts_of(tiles: int, blocks: int, programs: int, least: int) -> int:
+    """Into how many parts each tile's `blocks` are cut, for so many programs: at the most, and of `least` blocks each."""
+    return max(min(programs // tiles, blocks // least), 1)
 
 
 @cache

@@ -30,6 +30,7 @@ from nbkit.families import Family
 from nbkit.kernels._launch import power_of_two
 from nbkit.kernels.linear_cross_entropy import linear_cross_entropy
 from nbkit.models.layer import Binding
+from nbkit.models.layer.adapters import plain_tensors
 from nbkit.models.layer.bind import autocast_differs
 from nbkit.models.layer.weights import Scratch
 
@@ -183,8 +184,9 @@ class Graphs:
         if self.version != self.binding.version or not self.fits(ids):
             return None
         tensors, places = self.storage
-        if list(map(Tensor.data_ptr, tensors)) != places:
-            return None
+        with plain_tensors():
+            if list(map(Tensor.data_ptr, tensors)) != places:
+                return None
         return self.recorded.get(self.key(ids, pack))
 
     def __post_init__(self) -> None:

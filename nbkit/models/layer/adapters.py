@@ -7,8 +7,10 @@ scale * b (a x). Adapters that are disabled or merged into the base weight add n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -16,6 +18,11 @@ OURS: set[Callable[..., Any]] = set()  # the forwards that nbkit itself binds to
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # transformers leaves hooks on attention for `output_attentions`; they do nothing where it is not asked for.
 _IDLE_HOOKS = "transformers.utils.output_capturing"
+
+
+def plain_tensors() -> AbstractContextManager[Any]:
+    """Within: subclasses of Tensor are looked at as plain ones. bitsandbytes' packed weights take 3 us an attribute otherwise."""
+    return torch._C.DisableTorchFunctionSubclass()
 
 
 class Unfit(Exception):
@@ -122,6 +129,10 @@ class Watch:
 
     def fresh(self) -> bool:
         """Whether everything is as it was."""
+        with plain_tensors():
+            return self._fresh()
+
+    def _fresh(self) -> bool:
         if self.hooks != hooks_made():
             if any(len(hooks) != many for hooks, many in self.hooked):
                 return False

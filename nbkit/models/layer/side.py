@@ -1,8 +1,8 @@
 """A second CUDA stream beside the layer's own, for work that the layer itself does not wait for.
 
 LoRA's gradients are thin products that read much and compute little, and nothing else in the backward needs them; the residual
-that a GEMM adds to has to be copied first. On a stream of their own they fill what the large GEMMs leave free. Inside a CUDA
-graph the same calls become branches of it.
+that a GEMM adds to has to be copied first. On a stream of their own they fill what the large GEMMs leave free: 0.7 % of a step of
+8B at 4,096 tokens. In recorded steps of fewer tokens they gained nothing as branches of the graph.
 
 A tensor that the second stream reads must not be freed, or written again, before it has done so: it is held here until then.
 """
