@@ -156,7 +156,9 @@ FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def is_jit(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    return any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+    """Compiled by Triton: under `triton.jit`, or this package's `jit` and `kernel`."""
+    names = {ast.unparse(decorator).partition("(")[0].rpartition(".")[2] for decorator in function.decorator_list}
+    return bool(names & {"jit", "kernel"})
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

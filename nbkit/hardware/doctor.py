@@ -34,6 +34,7 @@ LIBRARIES = {
 }
 NEEDED = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy", "ipywidgets")
 OURS = "nbkit-llm"
+LEAN_TRITON = ((3, 6), (3, 7))  # as nbkit/kernels/_launch.py has it, which is not imported here for torch's sake
 LOW_DISK = 2 * GIB
 LOW_MEMORY = int(1.8 * GIB)
 
@@ -178,6 +179,13 @@ def _library_problems(versions: dict[str, Version], machine: Machine, foreign: s
         )
     if machine.device == "cuda" and not versions["triton"].installed:
         found.append(f"triton is not installed, so nbkit's kernels fall back to plain torch: pip install '{OURS}[gpu]'.")
+    triton = versions["triton"].loaded or versions["triton"].installed
+    if machine.device == "cuda" and triton and _numbers(triton)[:2] not in LEAN_TRITON:
+        known = " and ".join(".".join(map(str, one)) for one in LEAN_TRITON)
+        found.append(
+            f"triton {triton} is not among those that nbkit launches kernels fast under ({known}): each launch takes some 15 "
+            "microseconds longer, which small models feel; install a torch that brings one of them."
+        )
     return found
 
 

@@ -26,6 +26,7 @@ from torch.nn import functional
 from nbkit.config import IGNORE_INDEX
 from nbkit.errors import ModelError
 from nbkit.families import find
+from nbkit.kernels._launch import launch_note
 from nbkit.models import twin as twins
 from nbkit.models.certificate import Certificate, Row
 from nbkit.models.certify_kernels import kernel_rows
@@ -299,9 +300,13 @@ def _runs_stock(base: Any, report: PatchReport) -> list[str]:
     binding = binding_of(base)
     if binding is not None:
         for index, why in binding.reasons.items():
-            reasons.setdefault(why, []).append(f"layer {index}")
+            if f"{why}; its parts are bound one by one" not in reasons:  # not yet known when it was patched
+                reasons.setdefault(why, []).append(f"layer {index}")
     if any(isinstance(m, nn.Dropout) and m.p > 0 for m in base.modules()):
         reasons["dropout is off while comparing: its random masks differ between precisions"] = ["note"]
+    note = launch_note() if base.get_input_embeddings().weight.is_cuda else ""
+    if note:
+        reasons[note.removesuffix(".")] = ["note"]
     named = {why: paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "") for why, paths in reasons.items()}
     return [f"{paths}: {why}" for why, paths in named.items()]
 

@@ -11,7 +11,7 @@ from nbkit.hardware.doctor import LIBRARIES, Version, doctor, find_problems, sam
 from nbkit.hardware.fit import GIB
 from tests.hardware.test_fit import machine
 
-GOOD = {name: Version(name=name, installed="9.0.0", loaded="") for name in LIBRARIES}
+GOOD = {name: Version(name=name, installed="3.7.1" if name == "triton" else "9.0.0", loaded="") for name in LIBRARIES}
 
 
 def problems(versions=None, here=None, foreign=""):
@@ -118,3 +118,13 @@ def test_every_problem_is_one_sentence():
 
 def test_same_version():
     assert same_version("2.13.0+cpu", "2.13.0") and not same_version("2.13.0", "2.13.1")
+
+
+@pytest.mark.parametrize(("version", "bad"), [("3.6.0", False), ("3.7.1", False), ("3.5.1", True), ("4.0.0+git", True)])
+def test_triton_that_launches_slowly_is_named_on_a_gpu(version, bad):
+    from nbkit.kernels._launch import LEAN_VERSIONS
+
+    assert module.LEAN_TRITON == LEAN_VERSIONS
+    for here, is_gpu in ((machine(16), True), (machine(16, "cpu"), False)):
+        said = problems({"triton": Version(name="triton", installed=version, loaded="")}, here)
+        assert any("launches kernels fast under (3.6 and 3.7)" in one for one in said) is (bad and is_gpu)

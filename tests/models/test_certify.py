@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import nbkit
+import nbkit.models.patch
 from nbkit.__main__ import main
 from nbkit.errors import ModelError
 from nbkit.families import all_families, find
@@ -277,3 +278,22 @@ def test_a_patched_model_keeps_its_graphs() -> None:
     known = dict(graphs.recorded)
     assert known and nbkit.certify(model).passed
     assert vars(model.get_base_model())[forwards.GRAPHS] is graphs and graphs.recorded == known
+
+
+@pytest.mark.parametrize("is_cuda", [True, False])
+def test_slow_launches_are_in_the_certificate_of_a_gpu(is_cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "launch_note", lambda: "nbkit launches kernels fast under Triton 3.6; under 4.0 it does not.")
+    weight = SimpleNamespace(weight=SimpleNamespace(is_cuda=is_cuda))
+    base = SimpleNamespace(get_input_embeddings=lambda: weight, modules=list)
+    said = room._runs_stock(base, nbkit.models.patch.PatchReport("Toy", "llama", "cuda:0", "Triton kernels"))
+    assert said == (["note: nbkit launches kernels fast under Triton 3.6; under 4.0 it does not"] if is_cuda else [])
+
+
+def test_layers_that_run_stock_are_in_the_certificate_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nbkit.models.patch._fuses", lambda device: True)
+    model = lora("llama", use_dora=True)
+    found = nbkit.certify(model)
+    assert found.passed, str(found)
+    assert [one for one in found.stock if "Dora" in one] == [
+        "model.layers.0 and 1 more: q_proj uses a variant of LoRA (DoraLinearVariant); its parts are bound one by one"
+    ]
