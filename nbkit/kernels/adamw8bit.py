@@ -79,19 +79,37 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tuple(table.to(device) for table in tables)  # type: ignore[return-value]
 
 
+@cache
+def _first_codes(device: torch.device, signed: bool) -> Tensor:
+    """For each upper half of a float32 the code of the smallest value with it; such values have at most one midpoint among them."""
+    upper = torch.arange(2**16, dtype=torch.int64, device="cpu") << 16
+    smallest = torch.where(upper >= 2**31, upper + 0xFFFF - 2**32, upper).to(torch.int32).view(torch.float32)
+    codes = torch.bucketize(smallest, _tables(torch.device("cpu"))[1 if signed else 3])
+    return codes.clamp(max=255).to(torch.int32).to(device)
+
+
+def _nearest_codes(x: Tensor, signed: bool) -> Tensor:
+    """The index of the map's value nearest to each element of x, within -1 and 1, or 0 and 1."""
+    bounds = _tables(x.device)[1 if signed else 3]
+    if x.dtype != torch.float32:
+        return torch.bucketize(x, bounds.to(x.dtype)[:-1])
+    # In float32 a table and one comparison find what bucketize searches for, five times as fast.
+    code = _first_codes(x.device, signed)[(x.view(torch.int32) >> 16) & 0xFFFF]
+    return code + (x > bounds[code])
+
+
 def quantize(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """(codes (P,) uint8, absmax) of x (P,): the formula above in plain torch."""
     n = x.numel()
     blocks = pad(x, (0, -n % BLOCK)).view(-1, BLOCK)
     top = blocks.abs().amax(1)
-    scaled = blocks / top.clamp(min=1e-38)[:, None]
-    bounds = _tables(x.device)[1 if signed else 3].to(x.dtype)[:-1]
-    return torch.bucketize(scaled, bounds).view(-1)[:n].to(torch.uint8), top
+    codes = _nearest_codes(blocks / top.clamp(min=1e-38)[:, None], signed)
+    return codes.view(-1)[:n].to(torch.uint8), top
 
 
 def dequantize(codes: Tensor, absmax: Tensor, signed: bool, dtype: torch.dtype = torch.float32) -> Tensor:
     """(P,): map[code] * absmax."""
-    values = _tables(codes.device)[0 if signed else 2].to(dtype)[codes.long()]
+    values = _tables(codes.device)[0 if signed else 2].to(dtype)[codes.int()]
     return values * absmax.to(dtype).repeat_interleave(BLOCK)[: codes.numel()]
 
 

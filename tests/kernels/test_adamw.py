@@ -199,6 +199,18 @@ def test_adamw8bit_codes_are_the_nearest_and_states_follow() -> None:
                 assert bool(((scaled - values[codes[part].long()]).abs() <= best + 1e-6).all())
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_adamw8bit_plain_codes_are_those_of_a_search(signed: bool) -> None:
+    """Every midpoint and its neighbours in float32, zeros, the smallest numbers, and random ones of all sizes."""
+    bounds = a8._tables(torch.device("cpu"))[1 if signed else 3][:-1]
+    make = torch.Generator().manual_seed(0)
+    drawn = torch.rand(20_000, generator=make) ** torch.randint(1, 40, (20_000,), generator=make)
+    edges = [bounds, torch.nextafter(bounds, torch.tensor(2.0)), torch.nextafter(bounds, torch.tensor(-2.0))]
+    x = torch.cat([*edges, drawn, torch.tensor([0.0, -0.0, 1.0, 1e-45, 1e-38])])
+    x = torch.cat([x, -x]) if signed else x.clamp(min=0)
+    assert torch.equal(a8._nearest_codes(x, signed).long(), torch.bucketize(x, bounds))
+
+
 def many(sizes: tuple[int, ...], seed: int) -> list[torch.Tensor]:
     make = torch.Generator().manual_seed(seed)
     return [torch.randn(n, generator=make).to(DEVICE) for n in sizes]
