@@ -165,7 +165,7 @@ def rms_norm_backward(
         return dx, (dy.to(wide) * xhat).sum(0) if weight_grad else None
     rows = _ROWS if weight_grad else 1
     programs = cdiv(n, rows)
-    shares = torch.empty((programs, d) if weight_grad else (1,), dtype=torch.float32, device=x.device)
+    shares = torch.empty(programs, d, dtype=torch.float32, device=x.device) if weight_grad else rstd  # where not, it is not read
     block = power_of_two(d)
     with on_device(x):
         _rms_norm_backward_kernel[(programs,)](

@@ -264,3 +264,68 @@ def test_lean_launches_equal_ordinary_ones() -> None:
     torch.testing.assert_close(out, reference(gate.float(), up.float()).half(), rtol=2e-3, atol=2e-3)
     with pytest.raises((ValueError, RuntimeError), match=r"(?i)cpu tensor|pointer"):
         _swiglu_forward_kernel[(1, 1)](gate.cpu(), up, out, 128, 128, 128, 128, BLOCK=128, num_warps=4)
+
+
+def prepared(fake: _launch.Launcher, strides_of: tuple[int, ...] = ()) -> tuple[_launch.Prepared, list[str]]:
+    """A prepared function of two tensors, and what it was called with in full."""
+    calls: list[str] = []
+
+    def fn(x: torch.Tensor, y: torch.Tensor) -> None:
+        calls.append("in full")
+        fake[(3, 2)](y, x, x.shape[0], 0.5, ADD=True, BLOCK=8, num_warps=4)
+
+    return _launch.Prepared(fn, strides_of), calls
+
+
+def test_a_prepared_function_goes_straight_to_its_launch(fake: _launch.Launcher) -> None:
+    run, calls = prepared(fake)
+    buffer = torch.zeros(256)
+    for i in range(5):
+        run(buffer[16 * i : 16 * i + 12], buffer[16 * i + 100 : 16 * i + 112])
+    assert calls == ["in full"] * 2, "the first call compiles, the second shows the launch"
+    for i, call in enumerate(fake.jit.calls[1:], 1):
+        addresses = (buffer[16 * i + 100 :].data_ptr(), buffer[16 * i :].data_ptr())
+        assert call == ("lean", 3, 2, 1, 77, "function", ("packed",), None, None, None, *addresses, 12, 0.5, True, 8)
+
+
+def test_a_prepared_function_is_called_in_full_where_its_launch_would_be_another(
+    fake: _launch.Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, calls = prepared(fake, strides_of=(1,))
+    x, y = torch.zeros(64), torch.zeros(64, 2)
+    for _ in range(3):
+        run(x, y)
+    assert len(calls) == 2
+    run(x[1:], y)  # aligned to 4 bytes, no longer 16
+    run(x, y.t())
+    assert len(calls) == 4
+    fake.hooks.launch_enter_hook.calls.append(print)  # type: ignore[attr-defined]
+    run(x, y)
+    fake.hooks.launch_enter_hook.calls.clear()  # type: ignore[attr-defined]
+    assert len(calls) == 5
+    other = (lambda: 1, lambda device: 78, fake.hooks)  # type: ignore[attr-defined]
+    monkeypatch.setattr(_launch, "_driver", lambda: other)
+    run(x, y)
+    assert len(calls) == 6
+
+
+@pytest.mark.parametrize("launches", [0, 2])
+def test_what_cannot_be_prepared_is_called_in_full_each_time(fake: _launch.Launcher, launches: int) -> None:
+    calls = []
+
+    def fn(x: torch.Tensor) -> None:
+        calls.append(1)
+        for _ in range(launches):
+            fake[(3,)](x, x, 5, 0.5, ADD=True, BLOCK=8)
+
+    def own(x: torch.Tensor) -> None:
+        calls.append(1)
+        fake[(3,)](x, x.clone(), 5, 0.5, ADD=True, BLOCK=8)
+
+    for function in (fn, own):
+        calls.clear()
+        run = _launch.Prepared(function)
+        for _ in range(6):
+            run(torch.zeros(64))
+        assert len(calls) == 6
+    assert not _launch._SEEN

@@ -26,7 +26,7 @@ from nbkit.models.layer.keep import Keep
 from nbkit.models.layer.offload import Host
 from nbkit.models.layer.parts import Parts
 from nbkit.models.layer.side import FEWEST, Side
-from nbkit.models.layer.stack import Stacks
+from nbkit.models.layer.stack import Stacks, attend
 from nbkit.models.layer.weights import Scratch
 
 MARK = "_nbkit_layers"  # instance attribute: of the decoder its Binding, of each layer its BoundLayer
@@ -61,7 +61,7 @@ class Binding:
         self.host: Host | None = None  # made when a plan first asks for host RAM
         self.side: Side | None = None  # the second stream, made when a layer first uses it
         self.recording = False  # a step is being recorded as a CUDA graph
-        self.stacks = Stacks(self)
+        self.stacks = Stacks(self, forward)
         self.norm: nn.Module | None = None  # after the last layer
         self.embedding = Embedding(decoder)
         self.tied = bool(getattr(config, "tie_word_embeddings", False))
@@ -213,10 +213,10 @@ class Binding:
 
     def second_stream(self, parts: Parts, keep: Keep, rows: int) -> Side | None:
         """The stream beside the layer's own, where one is worth it: memory is free and the host does not set the pace."""
-        if parts.qkv.device.type != "cuda" or keep.level or keep.tile or any(group.own for group in parts.groups):
+        if parts.qkv.device.type != "cuda" or rows < FEWEST or keep.level or keep.tile:
             return None
-        if not self.recording and rows < FEWEST:
-            return None
+        if self.recording or any(group.own for group in parts.groups):
+            return None  # in a graph the branches gain nothing
         if self.side is None:
             self.side = Side(parts.qkv.device)
         return self.side
@@ -251,7 +251,7 @@ class Binding:
         self.writer = self.everything = None  # they hold views of the buffers, and this object lives until it is collected
         self.rows.handed = None
         self.scratch.clear()
-        self.stacks = Stacks(self)
+        self.stacks = Stacks(self, forward)
         self.embedding.park(False)
         self.host = None
         if self.norm is not None:
@@ -366,18 +366,7 @@ def forward(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | Non
     if causal and (call := binding.stacks.call(bound, hidden_states, cos, sin)) is not None:
         return binding.stacks.run(call, hidden_states, cos, sin)
     b, t, _ = hidden_states.shape
-    shape = (b, parts.h, t, parts.k)
-    how = attention.choose(
-        shape,
-        hidden_states,
-        scale=parts.scale,
-        mask=mask,
-        window=parts.window,
-        shapes=binding.shapes,
-        documents=binding.documents if causal else None,
-        softcap=parts.softcap,
-    )
-    binding.how.add(f"{how.kind}: {how.why}")
+    how = attend(binding, parts, hidden_states, mask, binding.documents if causal else None)
     keep = binding.keep_of(parts.index)
     parcel = binding.memory_of_host().parcel() if keep.offload else None
     call = Call(parts, keep, how, b, t, [], parcel, binding.second_stream(parts, keep, b * t))

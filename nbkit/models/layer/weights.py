@@ -35,6 +35,7 @@ class Scratch:
     """Buffers that all layers of a model share, by group name: what an NF4 weight is dequantised into."""
 
     buffers: dict[str, Tensor] = field(default_factory=dict)
+    shaped: dict[str, Tensor] = field(default_factory=dict)  # the last view of each
     owner: dict[str, object] = field(default_factory=dict)  # which group's weight a buffer holds now
 
     def take(self, name: str, rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -43,7 +44,17 @@ class Scratch:
         if held is None or held.numel() < rows * columns or held.dtype != dtype or held.device != like.device:
             self.buffers[name] = held = torch.empty(rows * columns, dtype=dtype, device=like.device)
             self.owner.pop(name, None)
-        return held[: rows * columns].view(rows, columns)
+            self.shaped.pop(name, None)
+        view = self.shaped.get(name)
+        if view is None or view.shape != (rows, columns):
+            view = self.shaped[name] = held[: rows * columns].view(rows, columns)
+        return view
+
+    def clear(self) -> None:
+        """Give all buffers back."""
+        self.buffers.clear()
+        self.shaped.clear()
+        self.owner.clear()
 
 
 class Own(NamedTuple):
@@ -63,6 +74,24 @@ class Used(NamedTuple):
     bases: list[Any]
 
 
+class Views(NamedTuple):
+    """A weight with its border by the parts that products read; None: the group has no LoRA."""
+
+    weight: Tensor  # (O + R, I + R)
+    whole_t: Tensor  # (I + R, O): [W scale B]^T
+    base_t: Tensor  # (I, O): W^T
+    back: Tensor  # (O + R, I): [W ; A]
+    a_t: Tensor | None  # (I, R)
+    b: Tensor | None  # (O, R), scaled
+    b_t: Tensor | None  # (R, O)
+
+    @classmethod
+    def of(cls, weight: Tensor, o: int, i: int, r: int) -> Views:
+        whole, b = weight[:o, : i + r], weight[:o, i : i + r]
+        lora = (weight[o : o + r, :i].t(), b, b.t()) if r else (None, None, None)
+        return cls(weight, whole.t(), weight[:o, :i].t(), weight[: o + r, :i], *lora)
+
+
 class Group:
     """The linears `names` of `parent`, which read the same input. `name` is "qkv", "o", "gate_up" or "down"."""
 
@@ -74,6 +103,7 @@ class Group:
         self.own: list[Own] = []
         self.rank = 0  # border columns in use, padded to RANK_STEP
         self._watch: Watch | None = None
+        self._views: Views | None = None
         self._look_at([base_of(parent.get_submodule(n)) for n in names])
         self.used = Used([], [], self.bases)
 
@@ -216,6 +246,13 @@ class Group:
             self.scratch.owner[self.name] = self
         return out
 
+    def views(self) -> Views:
+        """`weight()` by its parts; the views are made once for each place that it lies in."""
+        weight, held = self.weight(), self._views
+        if held is None or held.weight is not weight:
+            held = self._views = Views.of(weight, self.outputs, self.inputs, self.rank)
+        return held
+
     def _dequantise(self, out: Tensor) -> None:
         start = 0
         for packed, size in zip(self.packed, self.sizes, strict=True):
@@ -238,6 +275,7 @@ class Group:
 
     def _adopt(self) -> None:
         """Move 16-bit weights into one bordered buffer (or copy NF4 ones there), unless they are there with room enough."""
+        self._views = None
         if self.nf4 and not self.copied:
             return
         i, o, room = self.inputs, self.outputs, round_up(self.rank, STRIDE_STEP)
@@ -262,14 +300,14 @@ class Group:
     def copy(self, wanted: bool) -> None:
         """Hold a dequantised copy of NF4 weights from the next refresh on, or give it back; others stay as they are."""
         if self.nf4 and wanted != self.copied:
-            self.copied, self.buffer, self._watch = wanted, None, None
+            self.copied, self.buffer, self._watch, self._views = wanted, None, None, None
 
     def release(self) -> None:
         """Give each module its own contiguous weight back."""
         if self.buffer is not None and not self.nf4 and self.in_place():
             for base in self.bases:
                 base.weight.data = base.weight.detach().contiguous().clone()
-        self.buffer, self._watch = None, None
+        self.buffer, self._watch, self._views = None, None, None
 
 
 def _kind(thing: object) -> str:

@@ -1,0 +1,261 @@
+"""All decoder layers of a small step as one node of autograd, straight down, with few calls of torch around the GEMMs.
+
+Where a step has few tokens the GPU waits for the host: then what costs is a call, not a byte. This is the layer of forward.py
+and backward.py at level 0, with the normalised rows kept, for LoRA alone and for layers that are alike: the same products in
+the same order, without tiles, host RAM or a second stream, from buffers that room.py made beforehand. Everything else, and
+whatever wants to see a single layer (hooks, hidden states of each), goes layer by layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nbkit.kernels._launch import as_rows, on_device
+from nbkit.models import attention
+from nbkit.models.layer.function import GradientRows
+from nbkit.models.layer.parts import Parts
+from nbkit.models.layer.room import Layout, Room, Slabs, Stream, Sums, layout_of
+
+PACE = 2.0e11  # tokens times weights of a layer up to which the host, not the GPU, sets the pace: 900 tokens of an 8B model
+LARGEST_ROOM = 256 * 2**20  # bytes that stay allocated between steps
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One call of all layers."""
+
+    parts: list[Parts]
+    layout: Layout
+    room: Room
+    hows: list[attention.Attend]  # by layer
+    batch: int
+    tokens: int
+
+
+def forward(call: Stack, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Slabs, list[tuple[Any, ...]]]:
+    """y (N, D), what is kept, and of each layer's attention: out (N, H K), its tensors, its numbers. x (N, D) contiguous."""
+    room, n, mm = call.room, call.batch * call.tokens, torch.mm
+    kept = Slabs(call.layout, call.batch, call.tokens, len(call.parts))
+    h1, h2, hidden, attended = kept.h_qkv, kept.h_gate_up, room.hidden, []
+    y = torch.empty_like(x)
+    for i, p in enumerate(call.parts):
+        w_qkv, w_o, w_gate_up, w_down = p.qkv.views(), p.o.views(), p.gate_up.views(), p.down.views()
+        mid, xa_o = kept.mid[i], kept.xa_o[i]
+        room.norm1(x, p.norms[0].weight, h1.x[i], kept.rstd1[i])
+        _project(h1.all[i], h1.x[i], h1.xa[i], w_qkv, p.qkv.bias, kept.qkv[i])
+        room.rope(kept.turned[i], cos, sin)
+        out, state, numbers = attention.forward(call.hows[i], kept.q[i], kept.k[i], kept.v[i], None)
+        out = out.transpose(1, 2).reshape(n, -1)
+        attended.append((out, state, numbers))
+        torch.addmm(x, out, w_o.base_t, out=mid)
+        if w_o.a_t is not None:
+            mm(out, w_o.a_t, out=xa_o)
+            mid.addmm_(xa_o, w_o.b_t)
+        if p.o.bias is not None:
+            mid.add_(p.o.bias)
+        room.norm2(mid, p.norms[1].weight, h2.x[i], kept.rstd2[i])
+        _project(h2.all[i], h2.x[i], h2.xa[i], w_gate_up, p.gate_up.bias, kept.gate_up[i])
+        room.swiglu(kept.gate[i], kept.up[i], hidden.x)
+        if w_down.a_t is not None:
+            mm(hidden.x, w_down.a_t, out=hidden.xa)
+            kept.xa_down[i].copy_(hidden.xa)
+        x = torch.addmm(mid, hidden.all, w_down.whole_t, out=y if i == len(call.parts) - 1 else kept.y[i])
+        if p.down.bias is not None:
+            x.add_(p.down.bias)
+    return y, kept, attended
+
+
+def _project(rows: Tensor, x: Tensor, xa: Tensor, weight: Any, bias: Tensor | None, out: Tensor) -> None:
+    """rows (N, I + R), `x` of them filled -> out = x W^T + LoRA (+ bias), and `xa` = x A^T."""
+    if weight.a_t is not None:
+        torch.mm(x, weight.a_t, out=xa)
+    if bias is None:
+        torch.mm(rows, weight.whole_t, out=out)
+    else:
+        torch.addmm(bias, rows, weight.whole_t, out=out)
+
+
+def backward(
+    call: Stack,
+    g: Stream,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    kept: Slabs,
+    attended: list[tuple[Any, ...]],
+    need_dx: bool,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """dx (N, D), if needed, and the LoRA gradients layer by layer. `g` is only read; room.g follows it after the first norm."""
+    room, dqkv, dgu, mm = call.room, call.room.dqkv, call.room.dgu, torch.mm
+    sums = Sums(call.layout, call.parts[0].groups, len(call.parts))
+    dx = torch.empty_like(x) if need_dx else None
+    heads = (call.batch, call.tokens, *call.layout.dims[2::2])
+    for i in reversed(range(len(call.parts))):
+        p = call.parts[i]
+        w_down, w_gate_up, w_o, w_qkv = p.down.views(), p.gate_up.views(), p.o.views(), p.qkv.views()
+        if w_down.b is not None:
+            mm(g.x, w_down.b, out=g.down_xa)
+        dh = mm(g.down, w_down.back, out=room.dh)
+        room.swiglu_back(dh, kept.gate[i], kept.up[i], room.dgate, room.dup)  # dh holds h from here on
+        _lora(room, sums, 3, i, p.down.terms, g.down_xa_t, dh, (g.x_t,), kept)
+        if w_gate_up.b is not None:
+            mm(dgu.x, w_gate_up.b, out=dgu.xa)
+        d_norm = mm(dgu.all, w_gate_up.back, out=room.d_norm)
+        _lora(room, sums, 2, i, p.gate_up.terms, room.dgu_xa_t, kept.h_gate_up.x[i], room.dgu_t, kept)
+        back = room.norm2_back if g is room.g else room.norm2_back.fn
+        back(d_norm, kept.mid[i], p.norms[1].weight, kept.rstd2[i], g.x, room.g.x)
+        g = room.g
+        if w_o.b is not None:
+            mm(g.x, w_o.b, out=g.o_xa)
+        mm(g.o, w_o.back, out=room.do)
+        out, state, numbers = attended[i]
+        _lora(room, sums, 1, i, p.o.terms, g.o_xa_t, out, (g.x_t,), kept)
+        out = out.view(heads).transpose(1, 2)
+        grads = attention.backward(call.hows[i], room.do_heads, kept.q[i], kept.k[i], kept.v[i], out, None, state, numbers)
+        room.pack(*grads, cos, sin, dqkv.all)
+        if w_qkv.b is not None:
+            mm(dqkv.x, w_qkv.b, out=dqkv.xa)
+        _lora(room, sums, 0, i, p.qkv.terms, room.dqkv_xa_t, kept.h_qkv.x[i], room.dqkv_t, kept)
+        if i:
+            d_norm = mm(dqkv.all, w_qkv.back, out=room.d_norm)
+            room.norm1_back(d_norm, kept.y[i - 1], p.norms[0].weight, kept.rstd1[i], g.x, g.x)
+        elif dx is not None:
+            d_norm = mm(dqkv.all, w_qkv.back, out=room.d_norm)
+            room.norm1_back.fn(d_norm, x, p.norms[0].weight, kept.rstd1[i], g.x, dx)
+    return dx, sums.out()
+
+
+def _lora(
+    room: Room, sums: Sums, which: int, layer: int, terms: list[Any], da_t: Tensor, x: Tensor, dy_t: Any, kept: Slabs
+) -> None:
+    """dA of all terms of group `which`, and dB of each: (dy scale B)^T x, and scale dy^T (x A^T)."""
+    if not terms:
+        return
+    room.product(sums.da[which][layer], da_t, x, 1.0)
+    for out, t, rows, xa in zip(sums.db[which], terms, dy_t, kept.terms[which], strict=True):
+        room.product(out[layer], rows, xa[layer], t.scale)
+
+
+class StackFunction(torch.autograd.Function):
+    """y = the last layer's output. `params` are what is trained, layer by layer in the order of `Parts.parameters`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, call: Stack, rows: GradientRows, *params: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False), on_device(x):  # dtypes are the weights' own; autocast would mix them
+            y, kept, attended = forward(call, as_rows(x).contiguous(), cos, sin)
+        ctx.call, ctx.gradient_rows, ctx.views = call, rows, kept
+        ctx.used = [p.used() for p in call.parts]
+        ctx.numbers = [(len(state), numbers) for _, state, numbers in attended]
+        states = [t for out, state, _ in attended for t in (out, *state)]
+        ctx.counts = (len(params), len(kept.tensors))
+        ctx.save_for_backward(x, cos, sin, *params, *kept.tensors, *states)
+        return y.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        saved, (n, m), call = ctx.saved_tensors, ctx.counts, ctx.call
+        x, cos, sin = saved[:3]
+        kept, ctx.views = ctx.views, None  # the views hold what autograd lets go of after this, unless the graph is retained
+        if kept is None:
+            kept = Slabs(call.layout, call.batch, call.tokens, len(call.parts), saved[3 + n : 3 + n + m])
+        at, attended = 3 + n + m, []
+        for count, numbers in ctx.numbers:
+            attended.append((saved[at], saved[at + 1 : at + 1 + count], numbers))
+            at += 1 + count
+        for p, used in zip(call.parts, ctx.used, strict=True):
+            p.use(used)
+        g = ctx.gradient_rows.receive(dy, x.shape[0] * x.shape[1], call.layout.dims[0] + max(call.layout.ranks[1::2]))
+        with torch.autocast(x.device.type, enabled=False), on_device(x):
+            dx, grads = backward(call, Stream(g, call.layout), as_rows(x), cos, sin, kept, attended, ctx.needs_input_grad[0])
+        wanted = ctx.needs_input_grad[5:]
+        if not all(wanted):
+            grads = [d if w else None for d, w in zip(grads, wanted, strict=True)]
+        return (dx.view(x.shape) if dx is not None else None, None, None, None, None, *grads)
+
+
+class Stacks:
+    """Which forwards of one model run all layers at once; the first layer runs them, the others hand its result on."""
+
+    def __init__(self, binding: Any, own: Callable[..., Any]) -> None:
+        """`own` is the forward that a layer's instance runs unless another library has put itself around it."""
+        self.binding, self.own = binding, own
+        self.version = -1  # of the binding, as it is known here
+        self.layout: Layout | None = None  # None: layers differ, or train more than LoRA
+        self.weights = 0  # of a layer
+        self.params: list[Tensor] = []
+        self.room: Room | None = None  # of the last shape
+        self.ahead: Tensor | None = None  # the last layer's output, in a forward whose first layer has run them all
+
+    def begin(self) -> None:
+        """Call before each forward of the model."""
+        self.ahead = None
+
+    def call(self, first: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Stack | None:
+        """All layers as one call on x (B, T, D) and rope's tables; None where this step goes layer by layer.
+
+        `first` is the layer that is asked; the first one runs them all.
+        """
+        binding, bound = self.binding, self.binding.bound
+        if first is not bound[0] or binding.recording or len(bound) != binding.decoder.config.num_hidden_layers:
+            return None
+        if self.version != binding.version:
+            self._learn()
+        layout, (batch, tokens, _) = self.layout, x.shape
+        if layout is None or batch * tokens * self.weights > PACE or any(self._watched(one.parts.layer) for one in bound):
+            return None
+        keeps = {binding.keep_of(one.parts.index) for one in bound}
+        if any(keep.level or keep.tile for keep in keeps):
+            return None
+        turned = (cos.dtype, cos.shape, cos.stride(), sin.stride())
+        if self.room is None or self.room.kind != (batch, tokens, turned):
+            if layout.room_bytes(batch * tokens) > LARGEST_ROOM:
+                return None
+            self.room = None  # before the next is made
+            self.room = Room(layout, batch, tokens, turned)
+        return Stack([one.parts for one in bound], layout, self.room, self._attends(x), batch, tokens)
+
+    def run(self, call: Stack, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The last layer's output."""
+        self.ahead = StackFunction.apply(x, cos, sin, call, self.binding.rows, *self.params)
+        return self.ahead
+
+    def _learn(self) -> None:
+        """Look at the layers again: adapters, or what is trained, changed."""
+        bound = self.binding.bound
+        layout = None if self.binding.reasons else layout_of([one.parts for one in bound])
+        self.room = self.room if layout == self.layout else None
+        self.layout, self.version = layout, self.binding.version
+        self.weights = sum(g.inputs * g.outputs for g in bound[0].parts.groups)
+        self.params = [p for one in bound for p in one.params]
+
+    def _attends(self, x: Tensor) -> list[attention.Attend]:
+        """How each layer attends; layers that are alike are asked about once."""
+        found: dict[tuple[Any, ...], attention.Attend] = {}
+        kinds = [(one.parts.window, one.parts.scale, one.parts.softcap) for one in self.binding.bound]
+        for kind, one in zip(kinds, self.binding.bound, strict=True):
+            if kind not in found:
+                found[kind] = attend(self.binding, one.parts, x, None, self.binding.documents)
+        return [found[kind] for kind in kinds]
+
+    def _watched(self, layer: Any) -> bool:
+        """Whether somebody wants to see this very layer: a hook, or a forward of another library around the bound one."""
+        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+            return True
+        return getattr(vars(layer).get("forward"), "__func__", None) is not self.own
+
+
+def attend(binding: Any, p: Parts, x: Tensor, mask: Tensor | None, documents: attention.Documents | None) -> attention.Attend:
+    """How a layer attends to x (B, T, D); the report reads it from the binding."""
+    shape = (x.shape[0], p.h, x.shape[1], p.k)
+    how = attention.choose(
+        shape, x, scale=p.scale, mask=mask, window=p.window, shapes=binding.shapes, documents=documents, softcap=p.softcap
+    )
+    binding.how.add(f"{how.kind}: {how.why}")
+    return how

@@ -1,0 +1,268 @@
+"""All layers as one node: the same numbers as layer by layer, only where nobody looks at a layer, and nothing kept too long."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+import nbkit
+from nbkit.models.layer import stack
+from tests.models.layer.rig import batch, fill, lora, step, worst
+from tests.models.layer.test_layer import FAMILIES, bound
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """How often all layers ran as one."""
+    seen = []
+    real = stack.forward
+
+    def forward(call, *inputs):
+        seen.append((call.batch, call.tokens))
+        return real(call, *inputs)
+
+    monkeypatch.setattr(stack, "forward", forward)
+    return seen
+
+
+def layer_by_layer(model, inputs):
+    """A step of the fused layers one by one: a hook wants to see them."""
+    layer = model.get_base_model().model.layers[1]
+    hook = layer.register_forward_hook(lambda *_: None)
+    try:
+        return step(model, **inputs)
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_as_stock_and_as_layer_by_layer(family, padded, runs):
+    model, inputs = lora(family), batch(padded=padded)
+    stock = step(model, **inputs)
+    binding = bound(model)
+    loss, grads = step(model, **inputs)
+    assert runs == [(3, 19)]
+    single_loss, single = layer_by_layer(model, inputs)
+    assert len(runs) == 1
+    for other_loss, other in (stock, (single_loss, single)):
+        assert abs(loss - other_loss) <= 1e-5 * loss and worst(grads, other)[0] <= 1e-5
+    binding.release()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"targets": ["q_proj", "v_proj"]},
+        {"targets": ["up_proj"]},
+        {"targets": ["o_proj", "down_proj"]},
+        {"rank_pattern": {"k_proj": 3, "down_proj": 9}},
+        {"rank": 16},
+        {"rank": 20, "use_rslora": True},
+        {"num_hidden_layers": 1},
+        {"num_hidden_layers": 5},
+    ],
+    ids=str,
+)
+def test_adapters_of_every_form(options, runs):
+    model, inputs = lora("qwen2", **options), batch()
+    loss, truth = step(model, **inputs)
+    binding = bound(model)
+    for _ in range(2):
+        got, grads = step(model, **inputs)
+        assert abs(got - loss) <= 1e-5 * loss and worst(grads, truth)[0] <= 1e-5
+    assert len(runs) == 2
+    binding.release()
+
+
+def test_shapes_that_change_from_step_to_step(runs):
+    model, twin = lora("llama"), lora("llama")
+    binding = bound(model)
+    for rows, tokens in ((3, 19), (1, 7), (3, 19), (2, 1), (1, 57), (19, 3), (3, 19), (3, 19)):
+        inputs = batch(rows=rows, tokens=tokens)
+        if tokens == 1:
+            model.get_base_model().model(inputs["input_ids"], use_cache=False).last_hidden_state.sum().backward()
+            model.zero_grad()
+            continue
+        (loss, grads), (want, truth) = step(model, **inputs), step(twin, **inputs)
+        assert abs(loss - want) <= 1e-5 * want and worst(grads, truth)[0] <= 1e-5
+    assert len(runs) == 8
+    binding.release()
+
+
+def test_two_forwards_before_their_backwards_and_a_retained_graph(runs):
+    model = lora("llama")
+    one, two = batch(), batch(seed=2)
+    truth = [step(model, **one)[1], step(model, **two)[1]]
+    binding = bound(model)
+
+    def gradients(loss, **options):
+        loss.backward(**options)
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return found
+
+    first, second = model(**one).loss, model(**two).loss
+    assert worst(gradients(first, retain_graph=True), truth[0])[0] < 1e-5
+    assert worst(gradients(second), truth[1])[0] < 1e-5
+    third = model(**two).loss
+    assert worst(gradients(first), truth[0])[0] < 1e-5
+    assert worst(gradients(third), truth[1])[0] < 1e-5
+    for loss in (first, second, third):
+        with pytest.raises(RuntimeError, match="second time"):
+            loss.backward()
+    assert len(runs) == 3
+    binding.release()
+
+
+def test_gradients_add_up_over_micro_steps_and_follow_the_optimizer(runs):
+    losses = []
+    for fused in (True, False):
+        model = lora("llama")
+        binding = bound(model) if fused else None
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        seen = []
+        for i in range(6):
+            for micro in range(2):
+                loss = model(**batch(seed=2 * i + micro, tokens=11 + micro)).loss
+                loss.backward()
+                seen.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(seen)
+        if binding:
+            binding.release()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(runs) == 12
+
+
+def test_an_input_that_wants_a_gradient_and_parameters_that_want_none(runs):
+    model, twin = lora("llama"), lora("llama")
+    for m in (model, twin):
+        for name, p in m.named_parameters():
+            if "layers.0.self_attn.q_proj" in name or "lora_B" in name and "down_proj" in name:
+                p.requires_grad_(False)
+    binding = bound(model)
+    found = []
+    for m in (model, twin):
+        embedded = m.get_input_embeddings()(batch()["input_ids"]).detach().requires_grad_()
+        loss = m(inputs_embeds=embedded, labels=batch()["labels"]).loss
+        loss.backward()
+        found.append(({n: p.grad for n, p in m.named_parameters() if p.grad is not None}, embedded.grad))
+    assert runs and worst(found[0][0], found[1][0])[0] < 1e-5
+    (_, mine), (_, theirs) = found
+    assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
+    binding.release()
+
+
+def test_what_autograd_has_handed_out_stays_as_it_was(runs):
+    """The gradient of the last layer's output, which a hook keeps, and p.grad, over the next steps of the same shape."""
+    model, inputs, kept = lora("llama"), batch(), []
+    nbkit.patch(model)  # with the last norm, which begins the gradient in the rows that the layers take
+    binding = bound(model)
+    decoder = model.get_base_model().model
+
+    def watch(norm, given):
+        given[0].register_hook(lambda g: kept.append((g, g.clone())))
+
+    decoder.norm.register_forward_pre_hook(watch)
+    for _ in range(2):
+        hidden = decoder(inputs["input_ids"], use_cache=False).last_hidden_state
+        hidden.square().sum().backward()
+        kept += [(p.grad, p.grad.clone()) for p in model.parameters() if p.grad is not None]
+        for p in model.parameters():
+            p.grad = None
+    assert len(runs) == 2 and len(kept) == 2 * (1 + 2 * 7 * 2)
+    assert all(torch.equal(now, then) for now, then in kept)
+    binding.release()
+
+
+def test_whoever_looks_at_a_layer_sees_it(runs):
+    model, inputs = lora("llama"), batch()
+    with torch.no_grad():
+        truth = model(**inputs, output_hidden_states=True).hidden_states
+    binding = bound(model)
+    found = model(**inputs, output_hidden_states=True).hidden_states
+    assert runs == [] and len(found) == 3
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, truth, strict=True))
+    twin = lora("llama")
+    other = bound(twin)
+    layer = twin.get_base_model().model.layers[1]
+    own, seen = layer.forward, []
+    layer.forward = lambda *args, **kwargs: seen.append(1) or own(*args, **kwargs)  # another library's
+    step(twin, **inputs)
+    assert runs == [] and seen == [1]
+    layer.forward = own
+    step(twin, **inputs)
+    assert len(runs) == 1
+    binding.release()
+    other.release()
+
+
+@pytest.mark.parametrize("change", ["a norm", "a layer without an adapter", "a shorter decoder", "many tokens", "less is kept"])
+def test_layers_that_differ_go_one_by_one(change, runs, monkeypatch):
+    from nbkit.models.layer import Keep
+
+    model, inputs = lora("llama", num_hidden_layers=3), batch()
+    if change == "a norm":
+        model.get_base_model().model.layers[2].input_layernorm.weight.requires_grad_(True)
+    elif change == "a layer without an adapter":
+        layer = model.get_base_model().model.layers[1]
+        layer.mlp.up_proj = layer.mlp.up_proj.base_layer
+    elif change == "a shorter decoder":
+        model.config.num_hidden_layers = 2
+    elif change == "many tokens":
+        monkeypatch.setattr(stack, "PACE", 57.0)
+    stock = step(model, **inputs)
+    binding = bound(model, Keep(1) if change == "less is kept" else None)
+    loss, grads = step(model, **inputs)
+    assert runs == [] and abs(loss - stock[0]) <= 1e-5 * loss and worst(grads, stock[1])[0] <= 1e-5
+    binding.release()
+
+
+def test_adapters_switched_between_forward_and_backward(runs):
+    from peft import LoraConfig
+
+    model = lora("llama")
+    model.add_adapter("second", LoraConfig(r=7, lora_alpha=3, target_modules=["q_proj", "o_proj", "up_proj"]))
+    fill(model, 5)
+    model.set_adapter("default")
+    inputs = batch()
+    truth = step(model, **inputs)[1]
+    binding = bound(model)
+    loss = model(**inputs).loss
+    model.set_adapter("second")
+    model(**inputs).loss.item()
+    for p in model.parameters():
+        p.grad = None
+    model.set_adapter("default")
+    loss.backward()
+    assert worst({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, truth)[0] < 1e-5
+    assert len(runs) == 2
+    binding.release()
+
+
+def test_nothing_of_a_step_outlives_its_backward(runs, monkeypatch):
+    """While the loss lives on, as it does in a training loop, what the layers kept is gone; after release the room is, too."""
+    model, inputs = lora("llama"), batch()
+    made = []
+    real = stack.Slabs.__init__
+
+    def init(self, *args):
+        real(self, *args)
+        made.extend(weakref.ref(t) for t in self.tensors)
+
+    monkeypatch.setattr(stack.Slabs, "__init__", init)
+    binding = bound(model)
+    loss = model(**inputs).loss
+    assert made and all(one() is not None for one in made)
+    loss.backward()
+    gc.collect()
+    assert loss.grad_fn is not None and not any(one() is not None for one in made)
+    room = weakref.ref(binding.stacks.room)
+    del loss
+    binding.release()
+    gc.collect()
+    assert room() is None
