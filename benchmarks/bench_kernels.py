@@ -1,141 +1,49 @@
-"""Every kernel against plain torch on a GPU: times, rates, largest errors; a row an op, case and dtype; what a launch costs.
+"""Every kernel on a GPU against plain torch and the peers' kernels: times, rates, largest errors; a row an op, case and dtype.
 
-usage: python benchmarks/bench_kernels.py [--ops rms_norm,rope] [--dtypes bfloat16,float32] [--compile rms_norm] [--out FILE.csv]
+usage: python -m benchmarks.bench_kernels [--ops rms_norm,rope] [--dtypes bfloat16,float32] [--compile rms_norm] [--out FILE.csv]
 
-Times are medians in ms of triton.testing.do_bench (L2 flushed), of the forward ("fwd") and of forward + backward ("f+b") under
-a random upstream gradient, with weights frozen as under LoRA; "ref" is plain torch, or what else would be used (BASELINES
-below); "gain" is ref / op of the whole. LoRA's two products have a row each as well, against cuBLAS. GB/s counts every input,
-output and gradient once: what had to move. TFLOP/s where GEMMs are most of it. Errors are against the reference in float64 at
+Times are medians in ms of triton.testing.do_bench (L2 flushed before each call; a call whose host time is longer than the flush
+counts that), of the forward ("fwd") and of forward + backward ("f+b") under a random upstream gradient, with weights frozen as
+under LoRA; "ref" is plain torch, cuBLAS, or what else would be used, "peer" Liger's or bitsandbytes' kernel where installed
+(_peers.py). "gain" is ref / op of the whole, "over peer" likewise. LoRA's two products have a row each as well, against cuBLAS.
+GB/s counts every input and output once: what had to move; TFLOP/s where GEMMs are most of it. "of limit" is that over what
+this GPU gave for a copy of 1 GiB, or for a GEMM of 8192, at the start. Errors are against the reference in float64 at
 the same widths and at most CHECK_ROWS rows, over the largest element, for the output and all gradients; beside them the error
 of plain torch in the same dtype. An op whose error is over twice torch's plus the dtype's tolerance is marked WRONG, one that
-raises FAILED, and the exit code is 1. torch.compile is timed for the last case of the ops in --compile, while --seconds last.
+raises FAILED, and the exit code is 1. Rows are written as they are measured; none is begun after --budget seconds, and no
+torch.compile (for the last case of the ops in --compile) after --seconds. What a launch costs the host comes first.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import math
-import platform
-import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
-from nbkit.kernels import Case, KernelOp, _launch, adamw, adamw8bit, add_rms_norm, all_ops
-
-from nbkit.kernels import lora_border, lora_products, nf4, qk_norm_rope, rms_norm, swiglu  # isort: skip
+from benchmarks._peers import BASELINES, HELD, IN_PLACE, PEERS, TIMED, products
+from benchmarks._results import ROOT, append, stamp
+from nbkit.kernels import Case, KernelOp, _launch, all_ops, lora_products, nf4, rms_norm, swiglu
 
 CHECK_ROWS = 256
 DEVICE = "cuda"
+LIMITS = (8192, 1024)  # of the GEMM and the copy, in MiB, that the limits are measured with
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-RESULTS = Path(__file__).resolve().parent / "results" / "kernels.csv"
+RESULTS = ROOT / "benchmarks" / "results" / "kernels.csv"
 FROZEN = {"weight", "bias", "q_weight", "k_weight"}  # parameters that are not trained when times are taken
 GEMM_FLOPS: dict[str, Callable[[Mapping[str, int]], float]] = {
     "linear_cross_entropy": lambda s: 2.0 * s["N"] * s["D"] * s["V"] * (1 - s.get("ignored", 40) / 100)
 }
 COMPILED = "rms_norm,layer_norm,swiglu,geglu"
-
-# -- what is timed where the public function copies, or plain torch is not what would be used ------
-
-
-def adamw_of_torch(param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, step: Any, lr: float, weight_decay: float) -> Any:
-    """torch's fused AdamW, which wants one dtype for all."""
-    m, v = (held(state, lambda s=state: s.to(param.dtype)) for state in (exp_avg, exp_avg_sq))
-    args = {
-        "lr": lr,
-        "beta1": 0.9,
-        "beta2": 0.999,
-        "weight_decay": weight_decay,
-        "eps": 1e-8,
-        "amsgrad": False,
-        "maximize": False,
-    }
-    torch._fused_adamw_([param], [grad], [m], [v], [], [step.float()], **args)
-    return param
-
-
-def adamw_step(param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, step: Any, **rates: Any) -> Any:
-    adamw.adamw_(param, grad, exp_avg, exp_avg_sq, step, adamw.Rates(**rates))
-    return param
-
-
-def adamw8bit_step(param: Any, grad: Any, state: Any, sizes: list[int], missing: int, **rates: Any) -> Any:
-    """The step alone: the table of addresses is made once, as the optimizer has it."""
-    table = held(param, lambda: adamw8bit.table_of(sizes, param.device))
-    params, grads = held((id(param), id(grad)), lambda: (param.split(sizes), grad.split(sizes)))
-    adamw8bit.adamw8bit_(params, grads, state, adamw.Rates(**rates), table)
-    return param
-
-
-def adamw_of_torch_for_8_bits(param: Any, grad: Any, state: Any, sizes: list[int], missing: int, **options: Any) -> Any:
-    """torch's fused AdamW over the same tensors, with 32-bit states."""
-
-    def make() -> Any:
-        found = [torch.nn.Parameter(p) for p in param.split(sizes)]
-        for p, g in zip(found, grad.split(sizes), strict=True):
-            p.grad = g
-        return torch.optim.AdamW(found, fused=True, **options)
-
-    held((id(param), id(grad), "torch"), make).step()
-    return param
-
-
-def dequantise_and_multiply(x: Any, packed: Any, lora: Any = None, residual: Any = None) -> Any:
-    weight = held(packed.data, lambda: torch.empty(packed.shape, dtype=x.dtype, device=x.device))
-    nf4.dequantize_nf4(packed, weight)
-    y = x @ weight.t() if residual is None else torch.addmm(residual, x, weight.t())
-    return y if lora is None else y.addmm_(lora[0], lora[1].t(), alpha=lora[2])
-
-
-def borders(sources: Any, factors: Any, dtype: torch.dtype, one_by_one: bool = False) -> Any:
-    """The copies alone: destinations and the table of addresses are made once."""
-
-    def make() -> Any:
-        out, copies = lora_border._places(sources, factors, dtype)
-        return out, partial(lora_border.write_borders, copies) if one_by_one else lora_border.BorderWriter(copies).write
-
-    out, write = held((id(sources), one_by_one), make)
-    write()
-    return out
-
-
-def held(key: Any, make: Callable[[], Any]) -> Any:
-    """What `make` gives, made once for a row of the table."""
-    key = id(key) if isinstance(key, torch.Tensor) else key
-    if key not in HELD:
-        HELD[key] = make()
-    return HELD[key]
-
-
-HELD: dict[Any, Any] = {}
-IN_PLACE = {"adamw": ("grad",), "adamw8bit": ("grad",), "lora_products": ("x", "a", "b")}  # which inputs are only read
-TIMED: dict[str, Callable[..., Any]] = {
-    "adamw": adamw_step,
-    "adamw8bit": adamw8bit_step,
-    "add_rms_norm": add_rms_norm.add_rms_norm,
-    "lora_border": borders,
-    "lora_products": lambda x, a, b, y: lora_products.lora_out_(y, lora_products.lora_in(x, a), b),
-    "qk_norm_rope": qk_norm_rope.qk_norm_rope,
-}
-BASELINES: dict[str, Callable[..., Any]] = {
-    "adamw": adamw_of_torch,
-    "adamw8bit": adamw_of_torch_for_8_bits,
-    "add_rms_norm": add_rms_norm.reference,
-    "lora_border": partial(borders, one_by_one=True),
-    "lora_products": lambda x, a, b, y: y.addmm_(x @ a.t(), b.t()),
-    "nf4_gemv": dequantise_and_multiply,
-    "qk_norm_rope": qk_norm_rope.reference,
-}
 
 # -- one row ---------------------------------------------------------------------------------------
 
@@ -149,7 +57,7 @@ def inputs_of(op: KernelOp, case: Case, dtype: torch.dtype) -> dict[str, Any]:
 
 def small(case: Case) -> Case:
     """The case at its real widths with fewer rows and one batch, so that float64 fits anywhere."""
-    limits = {"B": 1, "T": CHECK_ROWS, "N": CHECK_ROWS, "P": 100_000}
+    limits = {"B": 1, "T": CHECK_ROWS, "N": CHECK_ROWS, "P": 100_000, "tensors": 3}
     return replace(case, sizes={k: min(v, limits.get(k, v)) for k, v in case.sizes.items()})
 
 
@@ -209,33 +117,52 @@ def errors(op: KernelOp, case: Case, dtype: torch.dtype) -> tuple[float, float, 
     return worst[0], worst[1], right
 
 
-def times(fn: Callable[..., Any], names: tuple[str, ...], inputs: dict[str, Any], case: Case) -> tuple[float, float | None]:
-    """Median ms of (forward without autograd, forward and backward or None)."""
+def bench(once: Callable[[], Any]) -> float:
+    """Median ms of a call, the L2 cache flushed before each."""
     from triton.testing import do_bench
 
-    def timed(one: Callable[[], Any]) -> float:
-        return float(do_bench(one, warmup=10, rep=40, return_mode="median"))
+    return float(do_bench(once, warmup=10, rep=40, return_mode="median"))
 
+
+def times(fn: Callable[..., Any], names: tuple[str, ...], inputs: dict[str, Any], case: Case) -> tuple[float, float | None]:
+    """Median ms of (forward without autograd, forward and backward or None)."""
     with torch.no_grad():
-        forward = timed(lambda: fn(**inputs, **case.options))
+        forward = bench(lambda: fn(**inputs, **case.options))
         if not names:
             return forward, None
         out = fn(**inputs, **case.options)
         upstream = tuple(map(torch.randn_like, out)) if isinstance(out, tuple) else torch.randn_like(out.float())
     leaves = {k: v.detach().requires_grad_() if k in names else v for k, v in inputs.items()}
-    return forward, timed(lambda: grad(fn(**leaves, **case.options), leaves, names, upstream))
+    return forward, bench(lambda: grad(fn(**leaves, **case.options), leaves, names, upstream))
 
 
-def rate(op: KernelOp, case: Case, inputs: dict[str, Any], fn: Callable[..., Any], ms: float) -> str:
-    """What the forward moved, or computed, a second."""
+def limits_of(dtype: torch.dtype, size: int = 8192, megabytes: int = 1024) -> tuple[float, float]:
+    """(GB/s of a copy, read and write counted, TFLOP/s of a square GEMM) of this device, now."""
+    one = torch.empty(megabytes * 2**20, dtype=torch.uint8, device=DEVICE)
+    other = torch.empty_like(one)
+    copy = bench(lambda: other.copy_(one))
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
+    found = 2 * one.numel() / copy / 1e6, 2.0 * size**3 / bench(lambda: a @ b) / 1e9
+    print(f"limits measured: {found[0]:.0f} GB/s, {found[1]:.0f} TFLOP/s in {dtype}", flush=True)
+    return found
+
+
+def of_limit(value: float, limit: float, unit: str) -> dict[str, str]:
+    return {"rate": f"{value:.0f} {unit}", "of_limit": f"{value / limit:.2f}"}
+
+
+def rate(
+    op: KernelOp, case: Case, inputs: dict[str, Any], fn: Callable[..., Any], ms: float, limits: tuple[float, float]
+) -> dict[str, str]:
+    """What the forward moved, or computed, a second, and its share of the limit."""
     if op.name in GEMM_FLOPS:
-        return f"{GEMM_FLOPS[op.name](case.sizes) / ms / 1e9:.0f} TF/s"
+        return of_limit(GEMM_FLOPS[op.name](case.sizes) / ms / 1e9, limits[1], "TF/s")
     with torch.no_grad():
         out = fn(**inputs, **case.options)
     read_only = IN_PLACE.get(op.name)
     written = tensors([out] if read_only is None else (v for k, v in inputs.items() if k not in read_only))
     moved = sum(t.numel() * t.element_size() for t in [*tensors(inputs.values()), *written])
-    return f"{moved / ms / 1e6:.0f} GB/s"
+    return of_limit(moved / ms / 1e6, limits[0], "GB/s")
 
 
 def compiled(op: KernelOp, inputs: dict[str, Any], names: tuple[str, ...], case: Case) -> tuple[str, str]:
@@ -249,48 +176,47 @@ def compiled(op: KernelOp, inputs: dict[str, Any], names: tuple[str, ...], case:
     return f"{forward:.4f}", "" if both is None else f"{both:.4f}"
 
 
-def row(op: KernelOp, case: Case, dtype: torch.dtype, with_compile: bool) -> dict[str, Any]:
+def peer_times(op: KernelOp, case: Case, inputs: dict[str, Any], names: tuple[str, ...]) -> dict[str, str]:
+    """The peer's columns; what it raises is shown, and is no fault of the op's row."""
+    peer = PEERS.get(op.name)
+    if peer is None or not peer.there or not peer.fits(case):
+        return {}
+    try:
+        forward, both = times(peer.fn, names, peer.prepare(inputs), case)
+    except Exception as problem:  # another library's kernel: any fault of it is told in its column
+        return {"peer": f"{peer.name}: {type(problem).__name__}: {str(problem)[:80]}"}
+    return {"peer": peer.name, "peer_forward_ms": f"{forward:.4f}", "peer_both_ms": "" if both is None else f"{both:.4f}"}
+
+
+def row(op: KernelOp, case: Case, dtype: torch.dtype, with_compile: bool, limits: tuple[float, float]) -> dict[str, Any]:
     error, own, right = errors(op, case, dtype)
     inputs = inputs_of(op, case, dtype)
     names = tuple(name for name in op.gradients if name not in FROZEN)
     fn, baseline = TIMED.get(op.name, op.fn), BASELINES.get(op.name, op.reference)
     forward, both = times(fn, names, inputs, case)
     plain_forward, plain_both = times(baseline, names, inputs, case)
+    beside = peer_times(op, case, inputs, names)
+    ours = both or forward
+    if "peer_forward_ms" in beside:
+        beside["gain_over_peer"] = f"{float(beside['peer_both_ms'] or beside['peer_forward_ms']) / ours:.2f}"
     compiled_forward, compiled_both = compiled(op, inputs, names, case) if with_compile else ("", "")
-    return {
+    return beside | rate(op, case, inputs, fn, forward, limits) | {
         "op": op.name, "case": case.reason, "dtype": str(dtype).removeprefix("torch."),
         "forward_ms": f"{forward:.4f}", "reference_forward_ms": f"{plain_forward:.4f}", "compiled_forward_ms": compiled_forward,
         "both_ms": "" if both is None else f"{both:.4f}", "reference_both_ms": "" if plain_both is None else f"{plain_both:.4f}",
-        "compiled_both_ms": compiled_both, "gain": f"{(plain_both or plain_forward) / (both or forward):.2f}",
-        "rate": rate(op, case, inputs, fn, forward), "error": f"{error:.1e}", "reference_error": f"{own:.1e}",
-        "verdict": "ok" if right else "WRONG",
+        "compiled_both_ms": compiled_both, "gain": f"{(plain_both or plain_forward) / ours:.2f}",
+        "error": f"{error:.1e}", "reference_error": f"{own:.1e}", "verdict": "ok" if right else "WRONG",
     }  # fmt: skip
 
 
-# -- LoRA's products one by one --------------------------------------------------------------------
-
-
-def products(dtype: torch.dtype) -> list[dict[str, Any]]:
-    """x A^T, and y += xa B^T, each against cuBLAS: a row each for the sizes of lora_products."""
-    rows = []
-    for case in lora_products.OP.benchmark:
-        made = inputs_of(lora_products.OP, case, dtype)
-        x, a, b, y = (made[name] for name in ("x", "a", "b", "y"))
-        xa = lora_products.lora_in(x, a)
-        pairs = (
-            ("x A^T", {"x": x, "a": a}, lora_products.lora_in, lambda x, a: x @ a.t()),
-            ("y += xa B^T", {"y": y, "xa": xa, "b": b}, lora_products.lora_out_, lambda y, xa, b: y.addmm_(xa, b.t())),
-        )
-        for name, inputs, ours, cublas in pairs:
-            one, other = (times(fn, (), inputs, Case("", {}))[0] for fn in (ours, cublas))
-            moved = sum(t.numel() * t.element_size() for t in (*inputs.values(), xa if name == "x A^T" else y))
-            rows.append({
-                "op": "lora_products", "case": f"{name}: {case.reason}", "dtype": str(dtype).removeprefix("torch."),
-                "forward_ms": f"{one:.4f}", "reference_forward_ms": f"{other:.4f}", "gain": f"{other / one:.2f}",
-                "rate": f"{moved / one / 1e6:.0f} GB/s", "verdict": "ok",
-            })  # fmt: skip
-            show(rows[-1])
-    return rows
+def product_rows(case: Case, dtype: torch.dtype, limits: tuple[float, float]) -> Iterable[dict[str, Any]]:
+    """LoRA's two products one by one, against cuBLAS."""
+    for name, ours, cublas, moved in products(case, inputs_of(lora_products.OP, case, dtype)):
+        one, other = (times(fn, (), {}, Case("", {}))[0] for fn in (ours, cublas))
+        yield {
+            "op": "lora_products", "case": f"{name}: {case.reason}", "dtype": str(dtype).removeprefix("torch."),
+            "forward_ms": f"{one:.4f}", "reference_forward_ms": f"{other:.4f}", "gain": f"{other / one:.2f}", "verdict": "ok",
+        } | of_limit(sum(t.numel() * t.element_size() for t in moved) / one / 1e6, limits[0], "GB/s")  # fmt: skip
 
 
 # -- what a launch costs the host ------------------------------------------------------------------
@@ -347,18 +273,13 @@ def host_us(once: Callable[[], Any], count: int = 300, rounds: int = 7) -> float
 # -- the table -------------------------------------------------------------------------------------
 
 
-def commit() -> str:
-    """The checkout's commit, with a + if files differ from it; "" outside a checkout."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, cwd=RESULTS.parent.parent)
-    return done.stdout.strip()
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", default="", help='names, comma between, "launch" among them; all if not given')
     parser.add_argument("--dtypes", default="bfloat16", help="bfloat16, float16, float32, comma between")
     parser.add_argument("--compile", default=COMPILED, help="ops whose last case is timed under torch.compile too")
-    parser.add_argument("--seconds", type=float, default=45, help="no torch.compile is begun later than this")
+    parser.add_argument("--budget", type=float, default=110, help="no row is begun later than this")
+    parser.add_argument("--seconds", type=float, default=40, help="no torch.compile is begun later than this")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the CSV that rows are appended to")
     parser.add_argument("--commit", default="", help="written to the CSV; found from git if not given")
     given = parser.parse_args()
@@ -374,47 +295,67 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     given, start = arguments(), time.monotonic()
-    stamp = {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": given.commit or commit(),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": version("triton"),
-        "python": platform.python_version(),
-    }
-    print(", ".join(f"{k} {v}" for k, v in stamp.items()), flush=True)
-    rows = launches() if "launch" in given.wanted else []
+    where = stamp(given.commit, ("liger_kernel",))
+    print(", ".join(f"{k} {v}" for k, v in where.items() if v), flush=True)
+    bad = False
+
+    def keep(one: dict[str, Any], shown: bool = True) -> None:
+        nonlocal bad
+        bad |= one["verdict"] not in ("ok", "no time")
+        append(given.out, [where | dict.fromkeys(NAMES, "") | one])
+        if shown:
+            show(one)
+
+    dtypes = [getattr(torch, name) for name in given.dtypes.split(",")]
+    try:
+        for one in launches() if "launch" in given.wanted else []:
+            keep(one, shown=False)
+    except Exception:
+        traceback.print_exc()
+        keep({"op": "launch", "verdict": "FAILED"})
+    limits = limits_of(dtypes[0], *LIMITS)
     heading()
     for op in all_ops():
         for case in op.benchmark if op.name in given.wanted else ():
-            for dtype in (getattr(torch, name) for name in given.dtypes.split(",")):
-                late = time.monotonic() - start > given.seconds
-                rows.append(attempt(op, case, dtype, op.name in given.compiled and case is op.benchmark[-1] and not late))
-                show(rows[-1])
-                HELD.clear()
-                gc.collect()
-                torch.cuda.empty_cache()
-    if "lora_products" in given.wanted:
-        rows += products(getattr(torch, given.dtypes.split(",")[0]))
-    append(given.out, [{**stamp, **dict.fromkeys(NAMES, ""), **one} for one in rows])
-    print(f"{time.monotonic() - start:.0f} s")
-    return 1 if any(one["verdict"] != "ok" for one in rows) else 0
+            for dtype in dtypes:
+                gone = time.monotonic() - start
+                with_compile = op.name in given.compiled and case is op.benchmark[-1] and gone < given.seconds
+                for one in attempts(op, case, dtype, with_compile, limits, gone > given.budget):
+                    keep(one)
+    print(f"{time.monotonic() - start:.0f} s; rows added to {given.out}", flush=True)
+    return 1 if bad else 0
 
 
-def attempt(op: KernelOp, case: Case, dtype: torch.dtype, with_compile: bool) -> dict[str, Any]:
-    """One row; one that raises is shown with its traceback and does not end the others."""
+def attempts(
+    op: KernelOp, case: Case, dtype: torch.dtype, with_compile: bool, limits: tuple[float, float], late: bool
+) -> Iterable[dict[str, Any]]:
+    """The rows of a case; what raises is shown with its traceback, and does not end the others."""
+    about = {"op": op.name, "case": case.reason, "dtype": str(dtype).removeprefix("torch.")}
+    if late:
+        yield about | {"verdict": "no time"}
+        return
     try:
-        return row(op, case, dtype, with_compile)
+        yield row(op, case, dtype, with_compile, limits)
+        if op.name == "lora_products":
+            yield from product_rows(case, dtype, limits)
     except Exception:
         traceback.print_exc()
-        return {"op": op.name, "case": case.reason, "dtype": str(dtype).removeprefix("torch."), "verdict": "FAILED"}
+        yield about | {"verdict": "FAILED"}
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()  # raises where the device itself is past use: then every later row would be a lie
+    finally:
+        HELD.clear()
+        if DEVICE == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 COLUMNS = (
     ("op", "op", 21), ("case", "case", 39), ("dtype", "dtype", 9), ("forward_ms", "fwd ms", 9),
-    ("reference_forward_ms", "ref", 9), ("compiled_forward_ms", "compile", 9), ("both_ms", "f+b ms", 9),
-    ("reference_both_ms", "ref", 9), ("compiled_both_ms", "compile", 9), ("gain", "gain", 7), ("rate", "forward", 11),
-    ("error", "error", 9), ("reference_error", "ref", 9), ("verdict", "", 7),
+    ("reference_forward_ms", "ref", 9), ("compiled_forward_ms", "compile", 8), ("peer_forward_ms", "peer", 9),
+    ("both_ms", "f+b ms", 9), ("reference_both_ms", "ref", 9), ("compiled_both_ms", "compile", 8), ("peer_both_ms", "peer", 9),
+    ("gain", "gain", 6), ("gain_over_peer", "over", 6), ("peer", "peer", 13), ("rate", "forward", 11),
+    ("of_limit", "of limit", 9), ("error", "error", 8), ("reference_error", "ref", 8), ("verdict", "", 8),
 )  # fmt: skip
 NAMES = tuple(name for name, _, _ in COLUMNS)
 
@@ -432,17 +373,5 @@ def show(one: dict[str, Any]) -> None:
     )
 
 
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Adds rows to the CSV; a new file starts with the names of the columns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, list(rows[0]))
-        if fresh:
-            table.writeheader()
-        table.writerows(rows)
-    print(f"{len(rows)} rows added to {path}")
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

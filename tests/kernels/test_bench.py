@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
+import importlib
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -12,18 +12,27 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-LIMITS = {"B": 1, "T": 4, "N": 4, "P": 3000, "V": 500, "D": 64, "F": 64, "I": 128, "O": 96}
+from benchmarks._peers import Peer
+
+LIMITS = {"B": 1, "T": 4, "N": 4, "P": 3000, "V": 500, "D": 64, "F": 64, "I": 128, "O": 96, "tensors": 3}
+
+
+def torch_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-6)
+
+
+def raising(**inputs: Any) -> None:
+    raise ValueError("not on this device")
+
+
+BROKEN = Peer("torch", "torch", raising)
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """benchmarks/bench_kernels.py on the CPU: sizes at most LIMITS, one call a time."""
     testing = pytest.importorskip("triton.testing")
-    spec = importlib.util.spec_from_file_location("bench_kernels", ROOT / "benchmarks" / "bench_kernels.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module("benchmarks.bench_kernels")
 
     def once(call: Any, warmup: int, rep: int, return_mode: str) -> float:
         call()
@@ -37,9 +46,10 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(testing, "do_bench", once)
     monkeypatch.setattr(module, "all_ops", lambda: ops)
     monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(module, "LIMITS", (8, 1))
     monkeypatch.setattr(module, "launches", list)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    monkeypatch.setattr(module, "PEERS", {"rms_norm": Peer("torch", "torch", torch_rms_norm), "rope": BROKEN})
     return module
 
 
@@ -49,9 +59,36 @@ def test_every_op_has_its_rows(bench: ModuleType, monkeypatch: pytest.MonkeyPatc
     assert bench.main() == 0
     rows = list(csv.DictReader(out.open(encoding="utf-8")))
     assert {row["op"] for row in rows} == {op.name for op in bench.all_ops()}
-    assert all(row["verdict"] == "ok" and row["gpu"] == "none" and row["forward_ms"] == "0.5000" for row in rows)
+    assert all(row["verdict"] == "ok" and row["gpu"] and row["forward_ms"] == "0.5000" for row in rows)
     both = {op.name for op in bench.all_ops() if op.gradients}
     assert {row["op"] for row in rows if row["both_ms"]} == both
+    assert all(float(row["of_limit"]) >= 0 and row["rate"] for row in rows)
+    beside = {row["op"]: (row["peer"], row["peer_both_ms"], row["gain_over_peer"]) for row in rows if row["peer"]}
+    assert beside == {"rms_norm": ("torch", "0.5000", "1.00"), "rope": ("torch: ValueError: not on this device", "", "")}
+
+
+def test_rows_are_written_one_by_one_and_none_is_begun_late(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "kernels.csv"
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    real, seen = bench.row, []
+
+    def row(op: Any, *rest: Any) -> dict[str, Any]:
+        seen.append(op.name)
+        return real(op, *rest) if len(seen) < 3 else stopped()
+
+    monkeypatch.setattr(bench, "row", row)
+    monkeypatch.setattr("sys.argv", ["bench_kernels.py", "--ops", "rms_norm", "--out", str(out), "--compile", ""])
+    with pytest.raises(KeyboardInterrupt):
+        bench.main()
+    assert [row["verdict"] for row in csv.DictReader(out.open(encoding="utf-8"))] == ["ok", "ok"]
+    monkeypatch.setattr("sys.argv", ["bench_kernels.py", "--ops", "rms_norm", "--out", str(out), "--budget", "-1"])
+    assert bench.main() == 0
+    assert [row["verdict"] for row in csv.DictReader(out.open(encoding="utf-8"))][2:] == ["no time"] * 3
 
 
 def test_an_op_that_raises_or_is_wrong_is_said(
