@@ -13,6 +13,8 @@ from typing import Any
 
 from benchmarks._results import ROOT
 
+COMMAND = [sys.executable, "-m", "benchmarks._worker"]
+
 
 class Failed(RuntimeError):
     """A command failed, or was given up."""
@@ -24,7 +26,7 @@ class Process:
     def __init__(self, name: str, device: str) -> None:
         self.name = name
         self.running = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks._worker", name, device], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT,
+            [*COMMAND, name, device], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT,
             start_new_session=True,
         )  # fmt: skip
         self.rest = b""

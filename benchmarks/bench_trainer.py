@@ -1,10 +1,11 @@
 """What a trainer costs: nbkit's own run and TRL's SFTTrainer against the plain loop, same model, same rows, in one process.
 
-usage: python benchmarks/bench_trainer.py ROW... [--arms plain,run,sft-patched,sft] [--steps 40] [--out FILE.csv]
+usage: python -m benchmarks.bench_trainer ROW... [--arms plain,run,run-8bit,sft-patched,sft] [--steps 40] [--out FILE.csv]
 ROW is MODEL:WEIGHTS:BATCHxTOKENS[:rRANK] as in bench_training.py, or tiny:f32:2x64 for a look on a CPU.
 
     plain        patched model, plain loop: forward, backward, clip_grad_norm_, fused AdamW, zero_grad, the loss read once
     run          patched model, nbkit's Run: worker thread, mixin on TRL, events in a file and to a subscriber
+    run-8bit     the same with nbkit's 8-bit AdamW
     sft-patched  patched model in an unmodified SFTTrainer (its default checkpointing off, its metrics as they come)
     sft          stock model in an unmodified SFTTrainer
 
@@ -23,16 +24,18 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench_training import build, commit, versions, write  # isort: skip  # beside this file
+from benchmarks._models import build
+from benchmarks._results import stamp, write
 from tests.tiny import tiny_model, tiny_tokenizer
 
 WARM = 10
-NEEDS = {"plain": (), "run": ("trl", "datasets"), "sft-patched": ("trl", "datasets"), "sft": ("trl", "datasets")}
+ARMS = ("plain", "run", "run-8bit", "sft-patched", "sft")
 
 
 @dataclass
@@ -79,7 +82,7 @@ def plain(model: Any, rows: Rows, batch: int, steps: int) -> list[float]:
     return stamps
 
 
-def run(model: Any, rows: Rows, batch: int, steps: int) -> list[float]:
+def run(model: Any, rows: Rows, batch: int, steps: int, optimizer: str = "adamw") -> list[float]:
     from nbkit.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
     from nbkit.events import MessageEvent, StepEvent
     from nbkit.training.runner import Run
@@ -90,7 +93,7 @@ def run(model: Any, rows: Rows, batch: int, steps: int) -> list[float]:
             lora=LoraConfig(rank=16),
             data=DataConfig(source="random"),
             train=TrainConfig(
-                max_steps=steps, batch_size=batch, learning_rate=1e-4, optimizer="adamw", gradient_checkpointing=False
+                max_steps=steps, batch_size=batch, learning_rate=1e-4, optimizer=optimizer, gradient_checkpointing=False
             ),
             run_dir=folder + "/run",
         )
@@ -148,7 +151,7 @@ def measure(row: str, arms: list[str], steps: int) -> list[dict[str, Any]]:
     rank = next((int(o[1:]) for o in options if o[0] == "r"), 16)
     found: list[dict[str, Any]] = []
     for arm in arms:
-        missing = [need for need in NEEDS[arm] if importlib.util.find_spec(need) is None]
+        missing = [need for need in ("trl", "datasets") if arm != "plain" and importlib.util.find_spec(need) is None]
         if missing:
             print(f"LEFT OUT {arm}: {', '.join(missing)} not installed")
             continue
@@ -158,7 +161,9 @@ def measure(row: str, arms: list[str], steps: int) -> list[dict[str, Any]]:
         rows = Rows([{"input_ids": one, "labels": list(one)} for one in ids])
         if arm != "sft":
             nbkit.patch(model)
-        stamps = {"plain": plain, "run": run, "sft": sft, "sft-patched": sft}[arm](model, rows, batch, steps)
+        eight = partial(run, optimizer="adamw_8bit")
+        way = {"plain": plain, "run": run, "run-8bit": eight, "sft": sft, "sft-patched": sft}[arm]
+        stamps = way(model, rows, batch, steps)
         gaps = [b - a for a, b in zip(stamps[WARM - 1 :], stamps[WARM:], strict=False)]
         middle = statistics.median(gaps)
         first = next((r["ms"] for r in found if r["arm"] == "plain"), None)
@@ -176,13 +181,12 @@ def measure(row: str, arms: list[str], steps: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="+")
-    parser.add_argument("--arms", default=",".join(NEEDS))
+    parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default="")
     given = parser.parse_args()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    where = {"commit": given.commit or commit(), "gpu": gpu, "date": time.strftime("%Y-%m-%d"), **versions()}
+    where = stamp(given.commit, ("trl",))
     results = [{**one, **where} for row in given.rows for one in measure(row, given.arms.split(","), given.steps)]
     if given.out:
         write(given.out, results)

@@ -105,7 +105,7 @@ def read(junit: Path, outcome: Outcome) -> None:
         outcome.counts[kind] += 1
         name, seconds = case.get("name", "?"), float(case.get("time", 0))
         if bad:
-            outcome.failures.append(f"{name}: {(bad[0].get('message') or '').splitlines()[0:1]}"[:200])
+            outcome.failures.append(f"{name}: {(bad[0].get('message') or 'no message').splitlines()[0]}"[:200])
         if seconds > longest:
             longest, outcome.slowest = seconds, f"{name} {seconds:.1f} s"
 
