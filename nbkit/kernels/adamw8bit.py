@@ -8,8 +8,8 @@ The maps are the paper's dynamic trees: for each power of ten 10^-6 ... 10^0, va
 4 ... 64 of either sign for m, 2, 4 ... 128 positive ones for v; and 0 and 1. Values near the block's largest are thus kept to
 1 % and small ones over seven decades. The nearest is found by bisection among the midpoints of neighbours, in 8 steps.
 Memory: 2 bytes and 1/32 a parameter, against 8 bytes in float32. Each tensor begins a block of its own.
-bitsandbytes' AdamW8bit differs on CUDA in two details: it decays after the update, and gives a negative m that is nearest to 0
-the smallest negative value.
+bitsandbytes' AdamW8bit differs on CUDA in three details: it decays after the update, gives a negative m that is nearest to 0
+the smallest negative value, and keeps tensors below 4,096 elements in float32.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @cache
 def _first_codes(device: torch.device, signed: bool) -> Tensor:
-    """For each upper half of a float32 the code of the smallest value with it; such values have at most one midpoint among them."""
+    """For each upper half of a float32 the code of the smallest value with it. Of all with it one midpoint at most is among them."""
     upper = torch.arange(2**16, dtype=torch.int64, device="cpu") << 16
     smallest = torch.where(upper >= 2**31, upper + 0xFFFF - 2**32, upper).to(torch.int32).view(torch.float32)
     codes = torch.bucketize(smallest, _tables(torch.device("cpu"))[1 if signed else 3])

@@ -83,6 +83,17 @@ def test_other_optimizers_go_on_as_well(tmp_path: Path, optimizer: str) -> None:
     assert not all(torch.equal(p, rig.adapter(rig.lora_model())[name]) for name, p in expected.items())
 
 
+def test_an_optimizer_that_no_checkpoint_can_keep_is_found_at_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state_dict = torch.optim.SGD.state_dict
+    monkeypatch.setattr(torch.optim.SGD, "state_dict", lambda self: {**state_dict(self), "helper": object()})
+    run = Run(rig.config(tmp_path / "run", optimizer="sgd"), rig.lora_model(), tiny_tokenizer(), rig.rows())
+    with pytest.raises(TrainingError, match=r"optimizer\.helper is a object, which a checkpoint cannot keep; choose another"):
+        run.wait(progress=False)
+    assert losses(run.events) == {} and not list((tmp_path / "run").glob("checkpoint-*"))
+
+
 def test_a_checkpoint_of_an_older_nbkit_is_refused_with_its_pickles_unopened(tmp_path: Path) -> None:
     import json
 
