@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from threading import get_ident
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -137,16 +137,18 @@ def _tell(*launch: Any) -> None:
 
 
 class Prepared:
-    """`fn` for tensors that keep shapes, strides and dtypes from call to call: its one launch, found once, without the rest.
+    """`fn` for tensors that keep shapes, strides and dtypes from call to call: its launches, found once, without the rest.
 
-    Checks and the choice of a grid cost as much as the launch itself. The caller answers for the tensors being alike;
+    Checks and the choice of a grid cost as much as a launch itself. The caller answers for the tensors being alike;
     `strides_of` are the places of those whose strides it cannot know, which are compared each time. What `fn` returns is lost.
-    A call that launches no kernel, or several, or gives one a tensor of its own making, goes through `fn` every time.
+    `own`: `fn` makes tensors that nothing but its launches write; the next calls use them again. Without it, a call that gives
+    a launch a tensor of its own making goes through `fn` every time, and so does one that launches nothing.
     """
 
-    def __init__(self, fn: Callable[..., Any], strides_of: tuple[int, ...] = ()) -> None:
-        self.fn, self.strides_of = fn, strides_of
-        self.found: tuple[Any, ...] | None = None
+    def __init__(self, fn: Callable[..., Any], strides_of: tuple[int, ...] = (), own: bool = False) -> None:
+        self.fn, self.strides_of, self.own = fn, strides_of, own
+        self.found: list[_Ready] | None = None
+        self.device = -1
         self.strides: list[tuple[int, ...]] = []
         self.left = 3  # calls to look at: the first compiles
 
@@ -154,17 +156,19 @@ class Prepared:
         if self.found is None:
             self._look(tensors)
             return
-        (run, function, metadata, fixed), grid, device, slots, passed = self.found
         current_device, current_stream, hooks = _driver()
-        bits = 0
-        for place, index in slots:
-            passed[place] = at = tensors[index].data_ptr()
-            bits |= at
+        bits, device = 0, self.device
+        for _, _, slots, passed, _ in self.found:
+            for place, index, offset in slots:
+                passed[place] = at = tensors[index].data_ptr() + offset
+                bits |= at
         odd = bits & 15 or current_device() != device or _hooked(hooks)
         if odd or any(tensors[i].stride() != known for i, known in zip(self.strides_of, self.strides, strict=False)):
             self.fn(*tensors)
             return
-        run(*grid, current_stream(device), function, metadata, None, None, None, *passed, *fixed)
+        stream = current_stream(device)
+        for (run, function, metadata, fixed), (x, y, z), _, passed, _ in self.found:
+            run(x, y, z, stream, function, metadata, None, None, None, *passed, *fixed)
 
     def _look(self, tensors: tuple[torch.Tensor, ...]) -> None:
         """Call `fn`, and see what it launches."""
@@ -177,18 +181,47 @@ class Prepared:
             self.fn(*tensors)
         finally:
             del _SEEN[get_ident()]
-        if len(seen) != 1 or not seen[0] or any(t.data_ptr() & 15 for t in tensors):
+        if not seen or not all(seen):  # nothing was launched, or something was compiled
             return
-        found, grid, args, device = seen[0]
-        slots = []
+        ready = [self._ready(tensors, *launch) for launch in seen]
+        if all(one is not None for one in ready):
+            self.strides = [tensors[i].stride() for i in self.strides_of]
+            self.device, self.found = seen[0][3], [one for one in ready if one is not None]
+
+    def _ready(
+        self, tensors: tuple[torch.Tensor, ...], found: tuple[Any, ...], grid: tuple[int, ...], args: tuple[Any, ...], device: int
+    ) -> _Ready | None:
+        """One launch with the places of its addresses; None where one is no tensor of the caller's."""
+        slots, passed, kept = [], list(args), []
         for place, value in enumerate(args):
-            if isinstance(value, torch.Tensor):
-                index = next((i for i, t in enumerate(tensors) if t is value), None)
-                if index is None:
-                    return
-                slots.append((place, index))
-        self.strides = [tensors[i].stride() for i in self.strides_of]
-        self.found = (found, (*grid, 1, 1)[:3], device, slots, list(args))
+            if not isinstance(value, torch.Tensor):
+                continue
+            passed[place] = value.data_ptr()
+            source = next((i for i, t in enumerate(tensors) if t is value), None)
+            if source is None:  # a part of one of them: of the nearest that begins before it
+                before = [i for i, t in enumerate(tensors) if _same_memory(t, value) and t.data_ptr() <= value.data_ptr()]
+                source = max(before, key=lambda i: tensors[i].data_ptr(), default=None)
+            if source is not None:
+                slots.append((place, source, value.data_ptr() - tensors[source].data_ptr()))
+            elif self.own:
+                kept.append(value)
+            else:
+                return None
+        return _Ready(found, (*grid, 1, 1)[:3], slots, passed, kept)
+
+
+class _Ready(NamedTuple):
+    """A launch: what was compiled, the grid, (place, tensor, offset in bytes) of addresses, all it is passed, what it holds."""
+
+    found: tuple[Any, ...]
+    grid: tuple[int, ...]
+    slots: list[tuple[int, int, int]]
+    passed: list[Any]
+    kept: list[torch.Tensor]
+
+
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _wide_class(value: int) -> int:

@@ -309,23 +309,41 @@ def test_a_prepared_function_is_called_in_full_where_its_launch_would_be_another
     assert len(calls) == 6
 
 
-@pytest.mark.parametrize("launches", [0, 2])
-def test_what_cannot_be_prepared_is_called_in_full_each_time(fake: _launch.Launcher, launches: int) -> None:
+def test_what_cannot_be_prepared_is_called_in_full_each_time(fake: _launch.Launcher) -> None:
     calls = []
 
-    def fn(x: torch.Tensor) -> None:
+    def nothing(x: torch.Tensor) -> None:
         calls.append(1)
-        for _ in range(launches):
-            fake[(3,)](x, x, 5, 0.5, ADD=True, BLOCK=8)
 
-    def own(x: torch.Tensor) -> None:
+    def copies(x: torch.Tensor) -> None:
         calls.append(1)
         fake[(3,)](x, x.clone(), 5, 0.5, ADD=True, BLOCK=8)
 
-    for function in (fn, own):
+    for function in (nothing, copies):
         calls.clear()
         run = _launch.Prepared(function)
         for _ in range(6):
             run(torch.zeros(64))
         assert len(calls) == 6
     assert not _launch._SEEN
+
+
+def test_several_launches_parts_of_a_tensor_and_tensors_of_its_own(fake: _launch.Launcher) -> None:
+    calls, made = [], []
+
+    def fn(x: torch.Tensor, y: torch.Tensor) -> None:
+        calls.append(1)
+        made.append(torch.zeros(64))
+        fake[(3,)](y[:, 8:], made[-1], 5, 0.5, ADD=True, BLOCK=8)
+        fake[(2,)](made[-1], x, 5, 0.5, ADD=True, BLOCK=8)
+
+    run = _launch.Prepared(fn, own=True)
+    slabs = torch.zeros(2, 4, 6, 16)  # x and y in one memory
+    for i in range(4):
+        run(slabs[0, i], slabs[1, i])
+    # One form serves both launches, so the first call compiles and launches it; the second shows both.
+    assert len(calls) == 2
+    for i in (2, 3):
+        first, second = fake.jit.calls[2 * i : 2 * i + 2]
+        assert first[1] == 3 and first[10:12] == (slabs[1, i, 0, 8:].data_ptr(), made[1].data_ptr())
+        assert second[1] == 2 and second[10:12] == (made[1].data_ptr(), slabs[0, i].data_ptr())

@@ -17,7 +17,7 @@ from torch import Tensor
 from nbkit.kernels._launch import Prepared
 from nbkit.models.layer import ops
 from nbkit.models.layer.parts import Parts
-from nbkit.models.layer.weights import Group
+from nbkit.models.layer.weights import Group, round_up
 
 Views = tuple[Tensor, ...]  # one a layer
 
@@ -29,6 +29,7 @@ class Span(NamedTuple):
     stop: int
     offset: int
     rank: int
+    scale: float
 
 
 class Layout(NamedTuple):
@@ -63,7 +64,7 @@ def layout_of(parts: Sequence[Parts]) -> Layout | None:
         kinds = {x.dtype for group in p.groups for t in group.terms for x in (t.a, t.b)}
         if len(kinds) > 1:
             return None
-        spans = tuple(tuple(Span(t.start, t.stop, t.offset, t.rank) for t in group.terms) for group in p.groups)
+        spans = tuple(tuple(Span(t.start, t.stop, t.offset, t.rank, t.scale) for t in group.terms) for group in p.groups)
         ranks = tuple(group.rank for group in p.groups)
         trained = next(iter(kinds), None)
         norms = (p.eps, *((norm.weight.dtype, norm.weight.stride()) for norm in p.norms))
@@ -102,7 +103,7 @@ class Room:
     def __init__(self, layout: Layout, batch: int, tokens: int, turned: tuple[Any, ...]) -> None:
         d, f, h, g, k = layout.dims
         n, (r_qkv, r_o, r_gate_up, r_down) = batch * tokens, layout.ranks
-        self.kind = (batch, tokens, turned)
+        self.kind, self.spans = (batch, tokens, turned), layout.spans
         self.hidden = border(n, f, r_down, layout)
         self.g = Stream(self._empty(layout, n, d + max(r_o, r_down)), layout)
         self.dh = self._empty(layout, n, f)
@@ -120,7 +121,9 @@ class Room:
         self.norm1, self.norm2 = Prepared(norm), Prepared(norm)
         self.norm1_back, self.norm2_back = Prepared(_norm_back), Prepared(_norm_back)
         self.rope = Prepared(ops.rope_rotate_)
-        self.swiglu, self.swiglu_back = Prepared(ops.swiglu_forward), Prepared(_swiglu_back)
+        self.swiglu = Prepared(ops.swiglu_lora_forward, own=True) if r_down else Prepared(ops.swiglu_forward)
+        self.fused = len(layout.spans[3]) < 2 and len({s.start for s in layout.spans[2]}) == len(layout.spans[2])
+        self.swiglu_back = Prepared(_fused_back(layout), own=True) if self.fused else Prepared(_swiglu_back)
         self.pack = Prepared(ops.rotate_pack, strides_of=(0, 1, 2))
         self.dqkv_t = [self.dqkv.all[:, s.start : s.stop].t() for s in layout.spans[0]]
         self.dgu_t = [self.dgu.all[:, s.start : s.stop].t() for s in layout.spans[2]]
@@ -142,6 +145,20 @@ def _swiglu_back(dh: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tenso
     ops.swiglu_backward(dh, gate, up, dgate, dup, h=dh)
 
 
+def _fused_back(layout: Layout) -> Callable[..., Any]:
+    """swiglu's backward with what LoRA gets there: takes dh, gate, up, u, xa, dgate, dup, then those there are of dA, dB, dB."""
+    found = {s.start: s for s in layout.spans[2]}
+    gate, up = found.get(0), found.get(layout.dims[1])
+    names = [name for name, there in (("da", layout.spans[3]), ("db_gate", gate), ("db_up", up)) if there]
+    rank, scales = gate.rank if gate else 0, (gate.scale if gate else 1.0, up.scale if up else 1.0)
+
+    def back(dh: Tensor, g: Tensor, u: Tensor, dy: Tensor, xa: Tensor, dgate: Tensor, dup: Tensor, *sums: Tensor) -> None:
+        gets = dict(zip(names, sums, strict=True))
+        ops.swiglu_lora_backward(dh, g, u, dy, xa, dgate, dup, gate_rank=rank, scales=scales, **gets)
+
+    return back
+
+
 def product_of(layout: Layout) -> Callable[[Tensor, Tensor, Tensor, float], Any]:
     """out = alpha a @ b for LoRA's gradients, in the dtype of its parameters, the sums in float32."""
     if layout.trained in (None, layout.dtype):
@@ -160,7 +177,8 @@ class Slabs:
         if not tensors:
             widths = (d, d + r_qkv, (h + 2 * g) * k, d, r_o, d + r_gate_up, 2 * f, r_down)
             tensors = [torch.empty(layers, n, w, dtype=layout.dtype, device=layout.device) for w in widths]
-            tensors.append(torch.empty(2, layers, n, dtype=ops.wide(layout.dtype), device=layout.device))
+            padded = round_up(n, 16)  # every layer's begins at an address that kernels like
+            tensors.append(torch.empty(2, layers, padded, dtype=ops.wide(layout.dtype), device=layout.device))
         self.tensors = tensors
         y, h_qkv, qkv, mid, xa_o, h_gate_up, gate_up, xa_down, stats = tensors
         self.y: Views = y.unbind(0)  # of all layers but the last: what the next one reads
@@ -178,7 +196,7 @@ class Slabs:
         self.gate_up: Views = gate_up.unbind(0)
         self.gate: Views = gate_up.narrow(2, 0, f).unbind(0)
         self.up: Views = gate_up.narrow(2, f, f).unbind(0)
-        self.rstd1, self.rstd2 = (half.unbind(0) for half in stats.unbind(0))
+        self.rstd1, self.rstd2 = (half.narrow(1, 0, n).unbind(0) for half in stats.unbind(0))
         # x A^T of each term, for its dB.
         borders = ((h_qkv, d), (xa_o, 0), (h_gate_up, d), (xa_down, 0))
         self.terms = [
@@ -210,7 +228,8 @@ class Sums:
                 total += (s.stop - s.start) * s.rank
                 places[-1][1].append(total)
         flat = torch.empty(layers, total, dtype=layout.trained, device=layout.device)
-        self.da: list[Views] = []
+        self.da: list[Views] = []  # of all terms of a group, by group
+        self.of_down: list[Views] = []  # dA of down's terms one by one
         self.db: list[list[Views]] = []
         self.by_parameter: list[Views] = []  # in the order of `Parts.parameters`
         for group, spans, (first, ends) in zip(groups, layout.spans, places, strict=True):
@@ -218,8 +237,10 @@ class Sums:
             whole = group.rank == sum(s.rank for s in spans) and len(spans) == 1
             self.da.append(_cut(flat, first, group.rank if spans else 0, i))
             self.db.append([_cut(flat, end, s.stop - s.start, s.rank) for end, s in zip(ends, spans, strict=False)])
-            for s, db in zip(spans, self.db[-1], strict=True):
-                self.by_parameter += [self.da[-1] if whole else _cut(flat, first + s.offset * i, s.rank, i), db]
+            da = [self.da[-1] if whole else _cut(flat, first + s.offset * i, s.rank, i) for s in spans]
+            self.of_down = da  # the last group's
+            for pair in zip(da, self.db[-1], strict=True):
+                self.by_parameter += pair
 
     def out(self) -> list[Any]:
         """Layer by layer, as autograd takes them. Nothing else holds them then, so that no copy becomes p.grad."""

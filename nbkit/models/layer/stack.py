@@ -61,10 +61,10 @@ def forward(call: Stack, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, S
             mid.add_(p.o.bias)
         room.norm2(mid, p.norms[1].weight, h2.x[i], kept.rstd2[i])
         _project(h2.all[i], h2.x[i], h2.xa[i], w_gate_up, p.gate_up.bias, kept.gate_up[i])
-        room.swiglu(kept.gate[i], kept.up[i], hidden.x)
-        if w_down.a_t is not None:
-            mm(hidden.x, w_down.a_t, out=hidden.xa)
-            kept.xa_down[i].copy_(hidden.xa)
+        if w_down.a is None:
+            room.swiglu(kept.gate[i], kept.up[i], hidden.x)
+        else:
+            room.swiglu(kept.gate[i], kept.up[i], w_down.a, hidden.x, hidden.xa, kept.xa_down[i])
         x = torch.addmm(mid, hidden.all, w_down.whole_t, out=y if i == len(call.parts) - 1 else kept.y[i])
         if p.down.bias is not None:
             x.add_(p.down.bias)
@@ -102,12 +102,16 @@ def backward(
         if w_down.b is not None:
             mm(g.x, w_down.b, out=g.down_xa)
         dh = mm(g.down, w_down.back, out=room.dh)
-        room.swiglu_back(dh, kept.gate[i], kept.up[i], room.dgate, room.dup)  # dh holds h from here on
-        _lora(room, sums, 3, i, p.down.terms, g.down_xa_t, dh, (g.x_t,), kept)
+        if room.fused:  # with dA of down and dB of gate and up
+            ends = [views[i] for views in (*sums.of_down, *sums.db[2])]
+            room.swiglu_back(dh, kept.gate[i], kept.up[i], g.down_xa, kept.h_gate_up.xa[i], room.dgate, room.dup, *ends)
+        else:
+            room.swiglu_back(dh, kept.gate[i], kept.up[i], room.dgate, room.dup)  # dh holds h from here on
+        _lora(room, sums, 3, i, None if room.fused else g.down_xa_t, dh, (g.x_t,), kept)
         if w_gate_up.b is not None:
             mm(dgu.x, w_gate_up.b, out=dgu.xa)
         d_norm = mm(dgu.all, w_gate_up.back, out=room.d_norm)
-        _lora(room, sums, 2, i, p.gate_up.terms, room.dgu_xa_t, kept.h_gate_up.x[i], room.dgu_t, kept)
+        _lora(room, sums, 2, i, room.dgu_xa_t, kept.h_gate_up.x[i], () if room.fused else room.dgu_t, kept)
         back = room.norm2_back if g is room.g else room.norm2_back.fn
         back(d_norm, kept.mid[i], p.norms[1].weight, kept.rstd2[i], g.x, room.g.x)
         g = room.g
@@ -115,13 +119,13 @@ def backward(
             mm(g.x, w_o.b, out=g.o_xa)
         mm(g.o, w_o.back, out=room.do)
         out, state, numbers = attended[i]
-        _lora(room, sums, 1, i, p.o.terms, g.o_xa_t, out, (g.x_t,), kept)
+        _lora(room, sums, 1, i, g.o_xa_t, out, (g.x_t,), kept)
         out = out.view(heads).transpose(1, 2)
         grads = attention.backward(call.hows[i], room.do_heads, kept.q[i], kept.k[i], kept.v[i], out, None, state, numbers)
         room.pack(*grads, cos, sin, dqkv.all)
         if w_qkv.b is not None:
             mm(dqkv.x, w_qkv.b, out=dqkv.xa)
-        _lora(room, sums, 0, i, p.qkv.terms, room.dqkv_xa_t, kept.h_qkv.x[i], room.dqkv_t, kept)
+        _lora(room, sums, 0, i, room.dqkv_xa_t, kept.h_qkv.x[i], room.dqkv_t, kept)
         if i:
             d_norm = mm(dqkv.all, w_qkv.back, out=room.d_norm)
             room.norm1_back(d_norm, kept.y[i - 1], p.norms[0].weight, kept.rstd1[i], g.x, g.x)
@@ -131,15 +135,13 @@ def backward(
     return dx, sums.out()
 
 
-def _lora(
-    room: Room, sums: Sums, which: int, layer: int, terms: list[Any], da_t: Tensor, x: Tensor, dy_t: Any, kept: Slabs
-) -> None:
-    """dA of all terms of group `which`, and dB of each: (dy scale B)^T x, and scale dy^T (x A^T)."""
-    if not terms:
-        return
-    room.product(sums.da[which][layer], da_t, x, 1.0)
-    for out, t, rows, xa in zip(sums.db[which], terms, dy_t, kept.terms[which], strict=True):
-        room.product(out[layer], rows, xa[layer], t.scale)
+def _lora(room: Room, sums: Sums, which: int, layer: int, da_t: Tensor | None, x: Tensor, dy_t: Any, kept: Slabs) -> None:
+    """dA of all terms of group `which` and dB of each: (dy scale B)^T x, scale dy^T (x A^T); where its left side is given."""
+    spans = room.spans[which]
+    if spans and da_t is not None:
+        room.product(sums.da[which][layer], da_t, x, 1.0)
+    for span, out, rows, xa in zip(spans, sums.db[which], dy_t, kept.terms[which], strict=False):
+        room.product(out[layer], rows, xa[layer], span.scale)
 
 
 class StackFunction(torch.autograd.Function):

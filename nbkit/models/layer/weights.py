@@ -81,14 +81,15 @@ class Views(NamedTuple):
     whole_t: Tensor  # (I + R, O): [W scale B]^T
     base_t: Tensor  # (I, O): W^T
     back: Tensor  # (O + R, I): [W ; A]
+    a: Tensor | None  # (R, I)
     a_t: Tensor | None  # (I, R)
     b: Tensor | None  # (O, R), scaled
     b_t: Tensor | None  # (R, O)
 
     @classmethod
     def of(cls, weight: Tensor, o: int, i: int, r: int) -> Views:
-        whole, b = weight[:o, : i + r], weight[:o, i : i + r]
-        lora = (weight[o : o + r, :i].t(), b, b.t()) if r else (None, None, None)
+        whole, a, b = weight[:o, : i + r], weight[o : o + r, :i], weight[:o, i : i + r]
+        lora = (a, a.t(), b, b.t()) if r else (None, None, None, None)
         return cls(weight, whole.t(), weight[:o, :i].t(), weight[: o + r, :i], *lora)
 
 

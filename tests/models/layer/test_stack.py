@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import gc
 import weakref
+from threading import get_ident
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import nbkit
-from nbkit.models.layer import stack
+from nbkit.kernels import _launch, swiglu_lora
+from nbkit.models.layer import ops, stack
 from tests.models.layer.rig import batch, fill, lora, step, worst
 from tests.models.layer.test_layer import FAMILIES, bound
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 
 
 @pytest.fixture
@@ -266,3 +271,53 @@ def test_nothing_of_a_step_outlives_its_backward(runs, monkeypatch):
     binding.release()
     gc.collect()
     assert room() is None
+
+
+@pytest.mark.skipif(not _launch.LEAN or _launch.INTERPRETED, reason="launches are Triton's own here")
+def test_prepared_launches_are_those_that_the_functions_would_make(monkeypatch):
+    """Every address and number, layer by layer, for shapes that return: nothing is launched, all tensors hold what they held."""
+    hooks = SimpleNamespace(launch_enter_hook=None, launch_exit_hook=None)
+    monkeypatch.setattr(_launch, "_driver", lambda: (lambda: -1, lambda device: 0, hooks))
+    monkeypatch.setattr(_launch, "runs_on", lambda device: True)
+    monkeypatch.setattr(ops, "fits", lambda *_: True)
+    monkeypatch.setattr(swiglu_lora, "fits", lambda *_: True)
+
+    def make(self, key, grid, args, constants):
+        fixed = self.jit.arg_names[len(args) :]
+        self.made[key] = (lambda *_: None, key, (), tuple(constants[n] for n in fixed))
+
+    monkeypatch.setattr(_launch.Launcher, "_make", make)
+    real, checked = _launch.Prepared.__call__, []
+
+    def call(self, *tensors):
+        if self.found is None:
+            return real(self, *tensors)
+        seen = _launch._SEEN[get_ident()] = []
+        try:
+            self.fn(*tensors)
+        finally:
+            del _launch._SEEN[get_ident()]
+        real(self, *tensors)
+        for (found, grid, args, _), ready in zip(seen, self.found, strict=True):
+            ours = [
+                (a.data_ptr() if isinstance(a, torch.Tensor) else a, b)
+                for k, (a, b) in enumerate(zip(args, ready.passed, strict=True))
+                if not any(a is one for one in ready.kept)
+                and (not isinstance(a, torch.Tensor) or a.numel() and k in {place for place, _, _ in ready.slots})
+            ]
+            assert found is ready.found and (*grid, 1, 1)[:3] == ready.grid and all(a == b for a, b in ours)
+            checked.append(self)
+        return None
+
+    monkeypatch.setattr(_launch.Prepared, "__call__", call)
+    model = lora("llama", rank=16, num_hidden_layers=4, **SIZES)
+    binding = bound(model)
+    for tokens in (8, 11):
+        checked.clear()
+        for seed in range(3):
+            loss = model(**batch(rows=2, tokens=tokens, seed=seed)).loss
+            loss.backward()
+        room = binding.stacks.room
+        sites = (room.norm1, room.norm2, room.norm1_back, room.norm2_back, room.rope, room.pack, room.swiglu, room.swiglu_back)
+        assert set(sites) == set(checked)
+    binding.release()
