@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbkit.kernels import Case, adamw, adamw8bit, add_rms_norm, lora_border, lora_products, nf4, qk_norm_rope
+from nbkit.kernels import Case, adamw8bit, add_rms_norm, lora_border, lora_products, nf4, qk_norm_rope
 
 from nbkit.kernels import swiglu, swiglu_lora  # isort: skip
 
@@ -30,11 +30,6 @@ def held(key: Any, make: Callable[[], Any]) -> Any:
 # -- nbkit's, in place -----------------------------------------------------------------------------
 
 
-def adamw_in_place(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, **rates: Any) -> Tensor:
-    adamw.adamw_(param, grad, exp_avg, exp_avg_sq, step, adamw.Rates(**rates))
-    return param
-
-
 def many(param: Tensor, grad: Tensor, sizes: list[int]) -> tuple[list[Tensor], list[Tensor]]:
     return held(("tensors", id(param)), lambda: (list(param.split(sizes)), list(grad.split(sizes))))
 
@@ -42,7 +37,7 @@ def many(param: Tensor, grad: Tensor, sizes: list[int]) -> tuple[list[Tensor], l
 def adamw8bit_in_place(param: Tensor, grad: Tensor, state: Any, sizes: list[int], missing: int, **rates: Any) -> Tensor:
     """With the table of tensors made once, as the optimizer has it."""
     table = held(("table", id(param)), lambda: adamw8bit.table_of(sizes, param.device))
-    adamw8bit.adamw8bit_(*many(param, grad, sizes), state, adamw.Rates(**rates), table)
+    adamw8bit.adamw8bit_(*many(param, grad, sizes), state, adamw8bit.Rates(**rates), table)
     return param
 
 
@@ -93,23 +88,13 @@ def mlp_then_products(dh: Tensor, gate: Tensor, up: Tensor, u: Tensor, xa: Tenso
 # -- what else would be used -----------------------------------------------------------------------
 
 
-def adamw_of_torch(param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, step: Any, lr: float, weight_decay: float) -> Any:
-    """torch's fused AdamW, which wants one dtype for all; of one tensor, or of lists of them."""
-    alone = isinstance(param, Tensor)
-    params, grads, m, v = ([x] if alone else list(x) for x in (param, grad, exp_avg, exp_avg_sq))
-    m, v = held((id(params[0]), "states"), lambda: [[x.to(params[0].dtype) for x in xs] for xs in (m, v)])
-    steps = held((id(params[0]), "steps"), lambda: [step.flatten()[0].float().clone() for _ in params])
-    torch._fused_adamw_(
-        params, grads, m, v, [], steps, lr=lr, beta1=0.9, beta2=0.999, weight_decay=weight_decay, eps=1e-8, amsgrad=False,
-        maximize=False,
-    )  # fmt: skip
-    return param
-
-
-def adamw_of_torch_for_8_bits(param: Tensor, grad: Tensor, state: Any, sizes: list[int], missing: int, **rates: Any) -> Any:
+def adamw_of_torch(param: Tensor, grad: Tensor, state: Any, sizes: list[int], missing: int, **rates: Any) -> Any:
+    """torch's fused AdamW over the same tensors, with 32-bit states."""
     params, grads = many(param, grad, sizes)
     m, v = held(("zeros", id(param)), lambda: [[torch.zeros_like(p) for p in params] for _ in range(2)])
-    return adamw_of_torch(params, grads, m, v, state.steps, **rates)
+    steps = held(("steps", id(param)), lambda: [state.steps[0].float().clone() for _ in params])
+    torch._fused_adamw_(params, grads, m, v, [], steps, beta1=0.9, beta2=0.999, eps=1e-8, amsgrad=False, maximize=False, **rates)
+    return param
 
 
 def dequantise_and_multiply(x: Any, packed: Any, lora: Any = None, residual: Any = None) -> Any:
@@ -119,11 +104,8 @@ def dequantise_and_multiply(x: Any, packed: Any, lora: Any = None, residual: Any
     return y if lora is None else y.addmm_(lora[0], lora[1].t(), alpha=lora[2])
 
 
-IN_PLACE = {  # which inputs are only read
-    "adamw": ("grad",), "adamw8bit": ("grad",), "lora_products": ("x", "a", "b"),
-}  # fmt: skip
+IN_PLACE = {"adamw8bit": ("grad",), "lora_products": ("x", "a", "b")}  # which inputs are only read
 TIMED: dict[str, Callable[..., Any]] = {
-    "adamw": adamw_in_place,
     "adamw8bit": adamw8bit_in_place,
     "add_rms_norm": add_rms_norm.add_rms_norm,
     "lora_border": borders,
@@ -132,8 +114,7 @@ TIMED: dict[str, Callable[..., Any]] = {
     "swiglu_lora": mlp_with_lora,
 }
 BASELINES: dict[str, Callable[..., Any]] = {
-    "adamw": adamw_of_torch,
-    "adamw8bit": adamw_of_torch_for_8_bits,
+    "adamw8bit": adamw_of_torch,
     "add_rms_norm": add_rms_norm.reference,
     "lora_border": partial(borders, one_by_one=True),
     "lora_products": lambda x, a, b, y: y.addmm_(x @ a.t(), b.t()),

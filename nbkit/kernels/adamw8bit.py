@@ -1,6 +1,11 @@
-"""AdamW with its two states in 8 bits, over any number of tensors in one launch (Dettmers et al. 2022, arXiv:2110.02861).
+"""AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) over any number of tensors in one launch, its two states in 8 bits
+(Dettmers et al. 2022, arXiv:2110.02861).
 
-The update is adamw.py's, in float32, on dequantised states, which are quantised again afterwards in blocks of 256:
+    g' = factor * g               p <- p (1 - lr * decay)
+    m <- b1 m + (1 - b1) g'       v <- b2 v + (1 - b2) g'^2
+    p <- p - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)
+
+in float32 on dequantised states, which are quantised again afterwards in blocks of 256:
 
     absmax = max |m| of the block        code = the index of the nearest value of map to m / absmax        m ~ map[code] * absmax
 
@@ -8,12 +13,15 @@ The maps are the paper's dynamic trees: for each power of ten 10^-6 ... 10^0, va
 4 ... 64 of either sign for m, 2, 4 ... 128 positive ones for v; and 0 and 1. Values near the block's largest are thus kept to
 1 % and small ones over seven decades. The nearest is found by bisection among the midpoints of neighbours, in 8 steps.
 Memory: 2 bytes and 1/32 a parameter, against 8 bytes in float32. Each tensor begins a block of its own.
+Steps t, the rate, the factor and whether to skip are read from device memory, so a recorded step stays true while they change.
+1 - b^t is -expm1(t ln b), to 2e-7 relative; 1 - b^t itself would lose five digits at t = 1.
 bitsandbytes' AdamW8bit differs on CUDA in three details: it decays after the update, gives a negative m that is nearest to 0
 the smallest negative value, and keeps tensors below 4,096 elements in float32.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -25,11 +33,27 @@ from torch.nn.functional import pad
 from nbkit.kernels._launch import cdiv, jit, kernel, on_device, tl, use_triton
 from nbkit.kernels._op import Case, KernelOp
 from nbkit.kernels._table import TYPES, Table
-from nbkit.kernels.adamw import Rates, log, moments, reference, updated
 
 BLOCK = 256
 _BLOCKS = 4  # of 256 a program
 _CHUNK = 2**20  # elements that the plain path takes at a time
+
+
+class Rates(NamedTuple):
+    """What a step of AdamW is told.
+
+    Attributes:
+        lr: the learning rate, a number or one element on the device.
+        factor: one float32 element on the device that gradients are multiplied by.
+        skip: one element on the device; where it is not 0 nothing changes.
+    """
+
+    lr: float | Tensor
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    factor: Tensor | None = None
+    skip: Tensor | None = None
 
 
 class State8(NamedTuple):
@@ -81,7 +105,7 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @cache
 def _first_codes(device: torch.device, signed: bool) -> Tensor:
-    """For each upper half of a float32 the code of the smallest value with it. Of all with it one midpoint at most is among them."""
+    """For each upper half of a float32 the code of the smallest value with it: of all of them one midpoint at most lies between."""
     upper = torch.arange(2**16, dtype=torch.int64, device="cpu") << 16
     smallest = torch.where(upper >= 2**31, upper + 0xFFFF - 2**32, upper).to(torch.int32).view(torch.float32)
     codes = torch.bucketize(smallest, _tables(torch.device("cpu"))[1 if signed else 3])
@@ -116,6 +140,23 @@ def dequantize(codes: Tensor, absmax: Tensor, signed: bool, dtype: torch.dtype =
 # -- reference -------------------------------------------------------------------------------------
 
 
+def _log(beta: float) -> float:
+    """ln beta, -inf for 0."""
+    return math.log(beta) if beta > 0 else -math.inf
+
+
+def stepped(p: Tensor, g: Tensor, m: Tensor, v: Tensor, t: Tensor, rates: Rates) -> tuple[Tensor, Tensor, Tensor]:
+    """The formulas above in plain torch, in the dtype of p: (p, m, v) after step t; `skip` is left to the caller."""
+    b1, b2 = rates.betas
+    if rates.factor is not None:
+        g = g * rates.factor.to(p.dtype)
+    lr, t = torch.as_tensor(rates.lr, dtype=p.dtype, device=p.device), t.to(p.dtype)
+    m = b1 * m + (1 - b1) * g
+    v = b2 * v + (1 - b2) * g * g
+    first, second = (-torch.expm1(t * _log(beta)) for beta in rates.betas)
+    return p * (1 - lr * rates.weight_decay) - (lr / first) * m / ((v / second).sqrt() + rates.eps), m, v
+
+
 def reference8_(
     params: Sequence[Tensor], grads: Sequence[Tensor | None], state: State8, rates: Rates, table: Table | None = None
 ) -> None:
@@ -143,7 +184,7 @@ def _step_of_some(params: list[Tensor], grads: list[Any], state: State8, rates: 
     m = dequantize(state.m.view(-1, BLOCK)[blocks].view(-1), state.m_max[blocks], True, wide).view(-1, BLOCK)
     v = dequantize(state.v.view(-1, BLOCK)[blocks].view(-1), state.v_max[blocks], False, wide).view(-1, BLOCK)
     steps = state.steps[which].repeat_interleave(torch.tensor(counts, device=state.m.device))[:, None]
-    p, m, v = reference(beside(params), beside(grads), m, v, steps, rates)
+    p, m, v = stepped(beside(params), beside(grads), m, v, steps, rates)
     go = torch.ones((), dtype=torch.bool, device=p.device) if rates.skip is None else rates.skip == 0
     for codes, top, value, signed in ((state.m, state.m_max, m, True), (state.v, state.v_max, v, False)):
         new, new_top = quantize(value.view(-1), signed)
@@ -167,6 +208,27 @@ def _count(state: State8, grads: Sequence[Tensor | None], rates: Rates, present:
 
 
 # -- kernel ----------------------------------------------------------------------------------------
+
+
+@jit
+def one_minus_exp(u):
+    """1 - e^u for a scalar u <= 0, to 2e-7 relative: the series where 1 - e^u would cancel."""
+    series = 1.0 + u * (1.0 / 2 + u * (1.0 / 6 + u * (1.0 / 24 + u * (1.0 / 120 + u * (1.0 / 720 + u * (1.0 / 5040))))))
+    return tl.where(u > -0.35, -u * series, 1.0 - tl.exp(u))
+
+
+@jit
+def moments(g, m, v, b1, b2, w1, w2):
+    """(m, v) after one gradient; w is 1 - b, rounded once."""
+    return b1 * m + w1 * g, b2 * v + w2 * (g * g)
+
+
+@jit
+def updated(p, m, v, t, rate, log_b1, log_b2, eps, decay):
+    """The parameter after its decay and step t."""
+    first = one_minus_exp(t * log_b1)
+    second = one_minus_exp(t * log_b2)
+    return p * (1.0 - rate * decay) - (rate / first) * (m / (tl.sqrt(v / second) + eps))
 
 
 @jit
@@ -262,7 +324,7 @@ def adamw8bit_(
         _adamw8bit_kernel[(table.programs,)](
             address, table.place, table.entry, *state, *_tables(steps.device), lr if by_tensor else steps,
             steps if rates.factor is None else rates.factor, steps if rates.skip is None else rates.skip,
-            0.0 if by_tensor else float(lr), float(b1), float(b2), 1.0 - b1, 1.0 - b2, log(b1), log(b2), float(rates.eps),
+            0.0 if by_tensor else float(lr), float(b1), float(b2), 1.0 - b1, 1.0 - b2, _log(b1), _log(b2), float(rates.eps),
             float(rates.weight_decay), len(params), TYPE=TYPES[params[0].dtype], LR_TENSOR=by_tensor,
             CLIP=rates.factor is not None, MAY_SKIP=rates.skip is not None, BLOCKS=_BLOCKS, WIDTH=BLOCK, num_warps=4
         )  # fmt: skip
@@ -274,7 +336,7 @@ def adamw8bit_(
 def _functional(step_: Any) -> Any:
     """What the parity tests call: tensors of `sizes` side by side in `param` after one step, inputs left as they are."""
 
-    def stepped(param: Tensor, grad: Tensor, state: State8, sizes: list[int], missing: int, **rates: Any) -> Tensor:
+    def after(param: Tensor, grad: Tensor, state: State8, sizes: list[int], missing: int, **rates: Any) -> Tensor:
         own = param.clone()
         grads: list[Tensor | None] = [g for g in grad.split(sizes)]
         if missing:
@@ -282,7 +344,7 @@ def _functional(step_: Any) -> Any:
         step_(own.split(sizes), grads, State8(*(x.clone() for x in state)), Rates(**rates))
         return own
 
-    return stepped
+    return after
 
 
 def _inputs(case: Case, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:

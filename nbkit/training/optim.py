@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from nbkit.kernels._table import Table
-from nbkit.kernels.adamw import Rates
-from nbkit.kernels.adamw8bit import BLOCK, State8, adamw8bit_, table_of
+from nbkit.kernels.adamw8bit import BLOCK, Rates, State8, adamw8bit_, table_of
 
 BYTES = 2 + 8 / BLOCK  # of state for a parameter: two codes, and two float32 maxima a block
 

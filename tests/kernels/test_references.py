@@ -13,7 +13,6 @@ from nbkit.kernels import linear_cross_entropy as lce
 from nbkit.kernels import rms_norm as rms
 from nbkit.kernels import rope as rp
 from nbkit.kernels import swiglu as sw
-from nbkit.kernels.adamw import Rates
 from tests.closeness import assert_close
 
 SMALL = 600  # elements of an input that finite differences are taken over
@@ -207,6 +206,6 @@ def test_the_8_bit_optimizer_follows_bitsandbytes() -> None:
         grad = torch.randn(5000, generator=make)
         param.grad = grad.clone()
         theirs.step()
-        adamw8bit.adamw8bit_([ours], [grad], state, Rates(1e-2, weight_decay=0.1))
+        adamw8bit.adamw8bit_([ours], [grad], state, adamw8bit.Rates(1e-2, weight_decay=0.1))
     moved, apart = (ours - start).abs().mean(), (ours - param.detach()).abs().mean()
     assert float(moved) > 0.03 and float(apart) < 1e-3 * float(moved)
