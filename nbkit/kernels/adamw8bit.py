@@ -105,7 +105,7 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @cache
 def _first_codes(device: torch.device, signed: bool) -> Tensor:
-    """For each upper half of a float32 the code of the smallest value with it: of all of them one midpoint at most lies between."""
+    """For each upper half of a float32 the code of the smallest value that has it; no two midpoints have the same."""
     upper = torch.arange(2**16, dtype=torch.int64, device="cpu") << 16
     smallest = torch.where(upper >= 2**31, upper + 0xFFFF - 2**32, upper).to(torch.int32).view(torch.float32)
     codes = torch.bucketize(smallest, _tables(torch.device("cpu"))[1 if signed else 3])
