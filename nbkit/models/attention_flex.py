@@ -34,6 +34,17 @@ _OPTIONS = {
     "OUTPUT_LOGSUMEXP": True,
     "OUTPUT_MAX": False,
 }
+_ROOMY = 160 * 1024  # bytes of shared memory a block may have on 8.0, 9.0 and 10.0; 8.6, 8.9 and 12.0 have 99 KiB
+_SMALL_TILES = {  # for heads above 128 elsewhere: PyTorch's own choice asks for 148 KiB
+    "fwd_BLOCK_M": 64,
+    "fwd_BLOCK_N": 32,
+    "fwd_num_stages": 1,
+    "bwd_BLOCK_M1": 32,
+    "bwd_BLOCK_N1": 64,
+    "bwd_BLOCK_M2": 64,
+    "bwd_BLOCK_N2": 32,
+    "bwd_num_stages": 1,
+}
 _COMPILED: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _SIGHTS: dict[tuple[Any, ...], Sight] = {}
 _MOST_SIGHTS = 8  # kept without documents; one of 262,144 tokens takes 64 MiB
@@ -214,6 +225,14 @@ def _mods(softcap: float | None) -> tuple[Callable[..., Tensor], Callable[..., l
     return capped, slope
 
 
+def _options(q: Tensor) -> dict[str, Any]:
+    """What the operators are told about their kernels."""
+    if q.device.type != "cuda" or q.shape[-1] <= 128:
+        return dict(_OPTIONS)
+    roomy = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin >= _ROOMY
+    return dict(_OPTIONS) if roomy else {**_OPTIONS, **_SMALL_TILES}
+
+
 def _mask(first: Tensor, blocks: tuple[Tensor, ...]) -> tuple[Any, ...]:
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -227,7 +246,7 @@ def _forward(scale: float, softcap: float | None) -> Callable[..., Any]:
 
     def run(q: Tensor, k: Tensor, v: Tensor, first: Tensor, *blocks: Tensor) -> tuple[Tensor, Tensor]:
         operator = torch.ops.higher_order.flex_attention
-        return operator(q, k, v, capped, _mask(first, blocks), scale, dict(_OPTIONS), (), (first,))[:2]
+        return operator(q, k, v, capped, _mask(first, blocks), scale, _options(q), (), (first,))[:2]
 
     return run
 
@@ -241,6 +260,6 @@ def _backward(scale: float, softcap: float | None) -> Callable[..., Any]:
         operator = torch.ops.higher_order.flex_attention_backward
         none = torch.zeros_like(lse)  # nothing flows back into lse
         mask = _mask(first, blocks)
-        return operator(q, k, v, out, lse, do, none, capped, slope, mask, scale, dict(_OPTIONS), (), (first,))[:3]
+        return operator(q, k, v, out, lse, do, none, capped, slope, mask, scale, _options(q), (), (first,))[:3]
 
     return run
