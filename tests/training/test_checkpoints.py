@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 
 from nbkit.errors import TrainingError
-from nbkit.training import checkpoints
+from nbkit.training import checkpoints, state
 
 FACTS = {"data": {"fingerprint": "f"}, "config": {}}
 
@@ -63,9 +67,6 @@ def test_a_checkpoint_of_the_same_step_is_replaced_whole(tmp_path: Path) -> None
 def test_a_kill_before_the_rename_leaves_only_what_sweep_removes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(tmp_path, 1)
 
-    class Killed(BaseException):
-        pass
-
     def kill(*_: Any, **__: Any) -> None:
         raise Killed
 
@@ -79,6 +80,88 @@ def test_a_kill_before_the_rename_leaves_only_what_sweep_removes(tmp_path: Path,
     assert found is not None and found.step == 1 and passed_over == []
     checkpoints.sweep(tmp_path)
     assert names(tmp_path) == ["checkpoint-000001"]
+
+
+class Killed(BaseException):
+    pass
+
+
+class Death:
+    """Ends a save at its `at`-th touch of the disk, half-way through where that writes; nothing is touched afterwards."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, at: int) -> None:
+        self.at, self.count = at, 0
+        for owner, name in ((os, "fsync"), (Path, "mkdir"), (Path, "rename"), (Path, "write_text"), (Path, "write_bytes")):
+            patch.setattr(owner, name, self.wrapped(getattr(owner, name), name))
+        patch.setattr(safetensors.torch, "save_file", self.wrapped(safetensors.torch.save_file, "save_file"))
+        patch.setattr(checkpoints, "_write_durably", self.wrapped(checkpoints._write_durably, "_write_durably"))
+        rmtree = shutil.rmtree
+        patch.setattr(shutil, "rmtree", lambda *a, **k: None if self.dead else rmtree(*a, **k))
+
+    @property
+    def dead(self) -> bool:
+        return self.count > self.at
+
+    def wrapped(self, call: Any, name: str) -> Any:
+        def touch(*args: Any, **options: Any) -> Any:
+            self.count += 1
+            if self.dead:
+                if name in ("write_text", "_write_durably") and self.count == self.at + 1:
+                    with open(args[0], "w") as file:
+                        file.write(str(args[1])[: len(args[1]) // 2])
+                raise Killed
+            return call(*args, **options)
+
+        return touch
+
+
+def test_a_kill_at_any_touch_of_the_disk_costs_one_save(tmp_path: Path) -> None:
+    """Each of them in turn. What is found afterwards is whole, the old or the new one, and a sweep leaves nothing else."""
+
+    def save(folder: Path, step: int) -> None:
+        with checkpoints.staged(folder, step, FACTS, 0) as staging:
+            state.save(staging, {"optimizer": {"m": torch.full((100,), float(step))}})
+            (staging / "trainer_state.json").write_text('{"global_step": 1234567}')
+        checkpoints.prune(folder)
+
+    steps = []
+    for at in range(200):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        save(folder, 1)
+        save(folder, 2)
+        with pytest.MonkeyPatch.context() as patch:
+            death = Death(patch, at)
+            with contextlib.suppress(Killed):
+                save(folder, 3)
+        found, passed_over = checkpoints.newest(folder)
+        assert found is not None and found.step >= 2 and passed_over == []
+        assert state.load(found.path, "optimizer")["m"].tolist() == [float(found.step)] * 100
+        checkpoints.sweep(folder)
+        assert names(folder)[-1] == checkpoints.name_of(found.step) and len(names(folder)) in (2, 3)
+        steps.append(found.step)
+        if not death.dead:
+            break
+    assert steps == sorted(steps) and steps[0] == 2 and steps[-1] == 3 and 10 < len(steps) < 200
+
+
+@pytest.mark.skipif(os.name != "posix", reason="inodes")
+def test_all_files_are_on_the_disk_before_they_get_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Power may fail right after the rename: what a checkpoint's folder names has to be there then, names included."""
+    synced: set[int] = set()
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.add(os.fstat(handle).st_ino), fsync(handle))[1])
+    renamed: list[set[str]] = []
+
+    def look(path: Path, target: Path) -> Path:
+        inside = [path, *path.iterdir()]
+        renamed.append({one.name for one in inside if one.stat().st_ino not in synced})
+        synced.discard(tmp_path.stat().st_ino)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", look)
+    publish(tmp_path, 5)
+    assert renamed == [set()] and tmp_path.stat().st_ino in synced
 
 
 def damage(path: Path, how: str) -> None:
