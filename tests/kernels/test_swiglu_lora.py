@@ -54,7 +54,8 @@ def test_swiglu_lora_backward_in_place_within_buffers(
 ) -> None:
     """gate and up side by side are written over, u is a border, outputs are float32 of the real ranks, spare columns infinite."""
     rd, rg, ru = real
-    held, both = rows(n, 2 * f, dtype, 1)
+    held, both = rows(n + 1, 2 * f, dtype, 1)
+    below, both = held[n].clone(), both[:n]
     _, dh = rows(n, f, dtype, 2)
     _, u = rows(n, 64, dtype, 3, fill=float("inf"))
     _, xa = rows(n, gate_rank + 16, dtype, 4, spare=3, fill=float("nan"))
@@ -66,7 +67,7 @@ def test_swiglu_lora_backward_in_place_within_buffers(
     found = sl.swiglu_lora_backward(
         dh, gate, up, u, xa, gate, up, gate_rank=gate_rank, scales=(2.0, 0.5), da=da[:rd], db_gate=db_gate[:, :rg], db_up=db_up
     )
-    assert found[0] is gate and found[1] is up and bool((held[:, 2 * f :] == MARK).all())
+    assert found[0] is gate and found[1] is up and bool((held[:, 2 * f :] == MARK).all()) and torch.equal(held[n], below)
     assert bool((da[rd:] == MARK).all()) and bool((db_gate[:, rg:] == MARK).all())
     close("dgate", gate, dgate, dtype)
     close("dup", up, dup, dtype)
@@ -126,16 +127,17 @@ def test_swiglu_lora_forward_fills_a_border_and_what_is_kept(dtype: torch.dtype,
     both, _ = rows(n, 2 * f, dtype, 1)
     _, a = rows(r, f, dtype, 2, fill=float("nan"))
     a /= f**0.5
-    buffer = torch.full((n, f + r + 4), MARK, dtype=dtype, device=DEVICE)
+    buffer = torch.full((n + 1, f + r + 4), MARK, dtype=dtype, device=DEVICE)
     kept = torch.full((n, r), MARK, dtype=dtype, device=DEVICE)
-    gate, up, out, xa = both[:, :f], both[:, f : 2 * f], buffer[:, :f], buffer[:, f : f + r]
+    gate, up, out, xa = both[:, :f], both[:, f : 2 * f], buffer[:n, :f], buffer[:n, f : f + r]
     found = sl.swiglu_lora_forward(gate, up, a, out, xa, kept)
-    assert found[0] is out and found[1] is xa and bool((buffer[:, f + r :] == MARK).all()) and torch.equal(kept, xa)
+    assert found[0] is out and found[1] is xa and torch.equal(kept, xa)
+    assert bool((buffer[:, f + r :] == MARK).all() and (buffer[n] == MARK).all())
     h = swiglu.reference(gate.double(), up.double()).to(dtype).double()
     close("h", out, h, dtype)
     close("xa", xa, h @ a.double().t(), dtype)
     alone = torch.full_like(buffer, MARK)
-    sl.swiglu_lora_forward(gate, up, a, alone[:, :f], alone[:, f : f + r])
+    sl.swiglu_lora_forward(gate, up, a, alone[:n, :f], alone[:n, f : f + r])
     assert torch.equal(alone, buffer), "the same bits again, without `kept`"
 
 
@@ -158,6 +160,33 @@ def test_swiglu_lora_equals_swiglu_and_itself(dtype: torch.dtype) -> None:
     assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
     for one, two in zip(runs[0], swiglu.swiglu_backward(dh, gate, up), strict=False):
         assert float((one != two).float().mean()) <= 5e-3 and torch.allclose(one, two, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 7])
+def test_swiglu_lora_in_any_number_of_parts(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five blocks of rows and of columns in fewer parts, and in more than there are: some of these have nothing to do."""
+    n, f, r = 70, 150, 16
+    monkeypatch.setattr(sl, "backward_plan", lambda *sizes: sl.Plan(16, 64, parts))
+    monkeypatch.setattr(sl, "forward_plan", lambda *sizes: sl.Plan(32, 32, parts))
+    _, x = rows(n, 3 * f, torch.float16, 1)
+    _, thin = rows(n, 3 * r, torch.float16, 2)
+    _, a = rows(r, f, torch.float16, 3)
+    thin /= n**0.5
+    a /= f**0.5
+    dh, gate, up = x[:, :f], x[:, f : 2 * f], x[:, 2 * f :]
+    h, dgate, dup = truth_of(dh, gate, up)
+    buffer = torch.empty(n, f + r, dtype=torch.float16, device=DEVICE)
+    sl.swiglu_lora_forward(gate, up, a, buffer[:, :f], buffer[:, f:])
+    close("xa", buffer[:, f:], h @ a.double().t(), torch.float16)
+    outs = {"da": torch.empty(r, f, device=DEVICE)} | {k: torch.empty(f, r, device=DEVICE) for k in ("db_gate", "db_up")}
+    sl.swiglu_lora_backward(dh, gate, up, thin[:, :r], thin[:, r:], gate, up, gate_rank=r, **outs)
+    wide = thin.double()
+    for name, truth in (
+        ("da", wide[:, :r].t() @ h),
+        ("db_gate", dgate.t() @ wide[:, r : 2 * r]),
+        ("db_up", dup.t() @ wide[:, 2 * r :]),
+    ):
+        close(name, outs[name], truth, torch.float16)
 
 
 def test_swiglu_lora_gradients_are_those_of_autograd() -> None:
@@ -235,6 +264,9 @@ def test_swiglu_lora_is_cut_to_fill_the_gpu() -> None:
                     back, fore = sl.backward_plan(n, f, rank, processors), sl.forward_plan(n, f, rank, processors)
                     assert 1 <= back.parts <= -(-n // back.block_n) and 1 <= fore.parts <= -(-f // fore.block_f)
                     assert back.parts <= 65535 and fore.parts <= 65535
+    by_rows, by_columns = (next(c.sizes for c in sl.OP.cases if c.reason == f"many {k} in parts") for k in ("rows", "columns"))
+    assert sl.backward_plan(by_rows["N"], by_rows["F"], 16, 4).parts > 1
+    assert sl.forward_plan(by_columns["N"], by_columns["F"], 8, 4).parts > 1
     for n, f in ((4096, 14336), (8192, 14336), (1024, 8192)):
         for plan, tiles in ((sl.backward_plan(n, f, 16, 132), f), (sl.forward_plan(n, f, 16, 132), n)):
             programs = plan.parts * -(-tiles // (plan.block_f if tiles == f else plan.block_n))
