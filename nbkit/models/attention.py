@@ -9,6 +9,9 @@ runs is decided by capability, dtype, head width, mask, window and softcap, and 
     efficient   a mask that is not causal alone, and Turing and Volta (windows and packed documents too)
     flex        a softcap on the scores, Ampere and newer (attention_flex.py)
     plain       everything else: CPU, float32 and wider, a softcap with a mask; formulas, a tile at a time (attention_plain.py)
+
+flex and plain repeat bit for bit. The others sum some gradients in the order in which blocks finish, unless
+`torch.use_deterministic_algorithms(True)` is set: then flash and efficient repeat too, and cuDNN is not taken.
 """
 
 from __future__ import annotations
@@ -141,6 +144,8 @@ def _kind(
     if about:
         return "flash documents" if packed else "flash", about
     if major >= 9 and k <= _CUDNN_LARGEST_HEAD and t > 1:  # cuDNN refuses one token
+        if torch.are_deterministic_algorithms_enabled():
+            return "flash", "deterministic algorithms are asked for"
         if shapes.repeated(*shape) or t >= _LONG:
             return "cudnn", "Hopper or newer"
         return "flash", "first batch of this shape"

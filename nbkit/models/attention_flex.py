@@ -47,6 +47,7 @@ _SMALL_TILES = {  # for heads above 128 elsewhere: PyTorch's own choice asks for
 }
 _COMPILED: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _SIGHTS: dict[tuple[Any, ...], Sight] = {}
+_RECORDED: dict[tuple[Any, ...], Sight] = {}  # those that CUDA graphs were recorded with
 _MOST_SIGHTS = 8  # kept without documents; one of 262,144 tokens takes 64 MiB
 _trouble: list[str] = []
 
@@ -117,13 +118,16 @@ def sight(how: Attend, batch: int, tokens: int, device: torch.device) -> Sight:
     """What a batch may see, kept with its documents, or else for the next batch of its shape."""
     rows = length(batch * tokens)
     key = (batch, tokens, how.window, device)
+    recording = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     kept = _SIGHTS if how.documents is None else how.documents.sights
     if key in kept:
+        if recording and kept is _SIGHTS:
+            _RECORDED[key] = kept[key]  # the graph reads this memory as long as it is replayed
         return kept[key]
     first = first_keys(batch, tokens, rows, how.window, how.documents.starts if how.documents else None, device)
     made = Sight(first, blocks_of(first))
     if kept is _SIGHTS:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if recording:
             return made  # its memory is the graph's own, and holds nothing before the first replay
         while len(kept) >= _MOST_SIGHTS:
             del kept[next(iter(kept))]
@@ -190,11 +194,9 @@ def _compile(function: Callable[..., Any], args: tuple[Tensor, ...]) -> Callable
         raise NotCompiled("FlexAttention was not compiled before a CUDA graph was recorded")
     try:
         import torch._inductor as inductor
-        from torch.fx.experimental.proxy_tensor import make_fx
 
-        with torch.autocast(args[0].device.type, enabled=False), on_device(args[0]):
-            graph = make_fx(function, tracing_mode="fake")(*args)
-            ready: Any = inductor.compile(graph, list(args), options={"compile_threads": 1})
+        with on_device(args[0]):
+            ready: Any = inductor.compile(_traced(function, args), list(args), options={"compile_threads": 1})
             ready(*args)  # what Triton compiles is compiled with the first call
     except torch.OutOfMemoryError:
         raise
@@ -204,6 +206,14 @@ def _compile(function: Callable[..., Any], args: tuple[Tensor, ...]) -> Callable
         warnings.warn(f"{_trouble[0]}; attention with a softcap runs as plain tiles, slower.", stacklevel=2)
         raise NotCompiled(_trouble[0]) from error
     return ready
+
+
+def _traced(function: Callable[..., Any], args: tuple[Tensor, ...]) -> torch.fx.GraphModule:
+    """The operators that `function` calls on tensors like `args`; nothing is computed."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with torch.autocast(args[0].device.type, enabled=False):
+        return make_fx(function, tracing_mode="fake")(*args)
 
 
 def _visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor, first: Tensor) -> Tensor:

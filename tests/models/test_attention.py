@@ -168,6 +168,43 @@ def test_flex_with_documents_and_for_some_of_the_heads():
         assert torch.allclose(part, whole, atol=1e-12)
 
 
+def test_what_flex_compiles_is_traced_within_a_forward_and_a_backward_without_autograd(monkeypatch):
+    """As on a GPU, save that the traced operators then run as they stand."""
+    how = Attend("flex", 0.3, 20, softcap=0.7)
+    inputs = tensors(2, 4, 2, 70, 8)
+    graphs = []
+
+    def call(function, how, given, seen):
+        args = (*given, seen.first, *seen.blocks)
+        graphs.append(attention_flex._traced(function(how.scale, how.softcap), args))
+        return graphs[-1](*args)
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            out, ctx.kept, ctx.numbers = forward(how, q, k, v, None)
+            ctx.save_for_backward(q, k, v, out)
+            return out
+
+        @staticmethod
+        def backward(ctx, do):
+            def never(*args, **kwargs):
+                raise AssertionError("autograd within a backward")
+
+            with monkeypatch.context() as m:
+                m.setattr(torch.autograd, "grad", never)
+                m.setattr(torch.autograd, "backward", never)
+                *saved, out = ctx.saved_tensors
+                return backward(how, do, *saved, out, None, ctx.kept, ctx.numbers)
+
+    monkeypatch.setattr(attention_flex, "_call", call)
+    q, k, v = (x.clone().requires_grad_() for x in inputs[:3])
+    Node.apply(q, k, v).backward(inputs[3])
+    for x, right in zip((q, k, v), truth(how, *inputs)[1:], strict=True):
+        assert torch.allclose(x.grad, right, atol=1e-12)
+    assert len(graphs) == 2 and all("flex_attention" in g.code for g in graphs)
+
+
 @pytest.mark.parametrize("window", [None, 1, 100, 128, 129, 300])
 @pytest.mark.parametrize("lengths", [(1000,), (128, 256, 384), (1, 200, 0, 3, 500, 257), (64,) * 11])
 def test_the_blocks_of_flex_hold_just_what_may_be_seen(lengths, window):
@@ -293,6 +330,15 @@ def test_a_shape_gets_a_plan_in_its_second_forward(monkeypatch):
     assert kinds == ["flash", "cudnn", "flash", "cudnn"]
 
 
+def test_deterministic_algorithms_leave_cudnn_out(monkeypatch):
+    monkeypatch.setattr(attention, "capability_of", lambda x: (9, 0))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    like, shapes = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16), Shapes()
+    for _ in range(2):
+        shapes.begin()
+        assert choose((1, 4, 64, 64), like, scale=1.0, mask=None, window=None, shapes=shapes).kind == "flash"
+
+
 # -- on a GPU ---------------------------------------------------------------------------------------------------------------
 
 
@@ -300,11 +346,14 @@ def tolerance(dtype):
     return 2e-2 if dtype == torch.bfloat16 else 3e-3
 
 
-def same_twice(how, q, k, v, do, given):
+def assert_repeats(how, q, k, v, do):
     """Holds a second run to the bits of the first, gradients included."""
-    out, kept, numbers = forward(how, q, k, v, None)
-    for mine, before in zip((out, *backward(how, do, q, k, v, out, None, kept, numbers)), (given[0], *given[3]), strict=True):
-        assert torch.equal(mine, before)
+
+    def run():
+        out, kept, numbers = forward(how, q, k, v, None)
+        return out, *backward(how, do, q, k, v, out, None, kept, numbers)
+
+    assert all(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))
 
 
 @pytest.mark.gpu
@@ -371,10 +420,10 @@ def test_flex_compiled(sizes, dtype):
     inputs[0].mul_(4)  # so that the softcap is felt
     given = check(how, None, *inputs, tolerance(dtype))
     assert attention_flex.trouble() is None and given[2] != ()
-    same_twice(how, *inputs, given)
-    with torch.no_grad():
-        before = check(Attend("plain", how.scale, window, softcap=softcap), None, *inputs, tolerance(dtype))[0]
-    assert torch.allclose(before, given[0], atol=2e-2)
+    assert_repeats(how, *inputs)
+    plain = Attend("plain", how.scale, window, softcap=softcap)
+    check(plain, None, *inputs, tolerance(dtype))
+    assert_repeats(plain, *inputs)
 
 
 @pytest.mark.gpu
@@ -412,6 +461,18 @@ def test_every_kind_can_be_recorded(kind):
     for name, mine, right in zip(("out", "dq", "dk", "dv"), found, truth(attend(), *inputs), strict=True):
         error = float((mine.double() - right).norm() / right.norm())
         assert error < 3e-3, f"{name} of {kind}: {error:.1e}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["flash", "efficient window", "flash documents", "efficient documents"])
+def test_deterministic_algorithms_give_the_same_bits(kind):
+    how = Attend(kind, 0.125, 100, documents=pack(300, 700, device="cuda") if "documents" in kind else None)
+    inputs = tensors(1, 8, 2, 1000, 64, torch.float16, "cuda")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert_repeats(how, *inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.gpu
