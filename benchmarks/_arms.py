@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+UNSLOTH_LENGTH = 8192  # what it is loaded for at the least, so that rows of other lengths take the same model
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -92,7 +94,10 @@ class Unsloth(Stock):
 
         folder = written(wanted.name, wanted.weights, device)
         model, _ = FastLanguageModel.from_pretrained(
-            str(folder), max_seq_length=max(2048, wanted.tokens), dtype=torch.bfloat16, load_in_4bit=wanted.weights == "nf4"
+            str(folder),
+            max_seq_length=max(UNSLOTH_LENGTH, wanted.tokens),
+            dtype=torch.bfloat16,
+            load_in_4bit=wanted.weights == "nf4",
         )
         model = FastLanguageModel.get_peft_model(
             model, r=wanted.rank, target_modules=TARGETS, lora_alpha=wanted.rank, lora_dropout=0, bias="none",

@@ -46,14 +46,14 @@ class Worker:
 
     def load(self, wanted: dict[str, Any], arm: str, optimizer: str) -> dict[str, Any]:
         """The model of the row, made anew or, where the row before had the same, with its adapter as it was made."""
-        from benchmarks._arms import Wanted
+        from benchmarks._arms import UNSLOTH_LENGTH, Wanted
         from benchmarks._models import fill_lora
 
         new, old = Wanted(**wanted), self.wanted
         start = time.perf_counter()
         self.leave()
         same = old is not None and (new.name, new.weights, new.rank) == (old.name, old.weights, old.rank)
-        if self.model is None or not same or (arm.startswith("unsloth") and new.tokens > max(2048, old.tokens)):
+        if self.model is None or not same or (arm.startswith("unsloth") and new.tokens > max(UNSLOTH_LENGTH, old.tokens)):
             self.drop()
             self.device.limit(None)
             self.model = self.arm(arm).load(new, self.device.name)
@@ -282,6 +282,9 @@ def serve(process: str, device: str) -> None:
         os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
         os.chdir(tempfile.mkdtemp())  # it writes what it compiles into the current folder
         import unsloth  # noqa: F401  # it asks to be the first of all
+    import peft  # noqa: F401  # all processes import what they need at the same time, before there is work
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
     worker = Worker(device)
     for line in sys.stdin:
         command = json.loads(line)

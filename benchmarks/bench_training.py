@@ -13,7 +13,8 @@ difference of the gradients from the first arm's stand beside the speeds. Each a
 transformers for all of its process), waits while another is timed, and keeps nothing but its model then; up to 16,384 tokens a
 step the arms take turns in every round, above one after the other, each alone on the GPU. Peers run without checkpointing where
 memory allows it and with it where not ("how" names it); Unsloth with its own ("unsloth") and without ("unsloth-free"). Peaks are
-torch.cuda.max_memory_allocated of the process, the recording of steps included; "forecast_gib" is what the planner said before.
+torch.cuda.max_memory_allocated of the process, the recording of steps included, "static_gib" what is allocated between steps,
+"activations_gib" the difference; "forecast_gib" is what the planner said of the peak before the first step.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ __all__ = ["SHAPES", "TARGETS", "build", "commit", "versions", "write"]  # what 
 GIB = 2**30
 TURNS = 16384  # tokens a step from which one arm at a time is on the GPU
 SHARE = 0.5  # of a row's budget that one arm may take
-ROUND = 5.0  # seconds of timed steps of one arm in one round
+ROUND = 2.5  # seconds of timed steps of one arm in one round: none is begun later
+LONG_ROUND = 8.0  # the same where an arm is alone on the GPU, in its one round
 SAME = "nothing is recorded at this size: as nbkit"
 
 
@@ -80,6 +82,7 @@ class Table:
         self.seconds: dict[str, list[float]] = {arm: [] for arm in arms}
         self.notes: dict[str, list[str]] = {arm: [] for arm in arms}
         self.peaks: dict[str, int] = dict.fromkeys(arms, 0)
+        self.static: dict[str, int] = {}
 
     def note(self, arm: str, text: str) -> None:
         if text and text not in self.notes[arm]:
@@ -97,7 +100,8 @@ class Table:
         self.seconds[arm] += reply["seconds"]
         line["warmups"] = line.get("warmups", 0) + warm
         self.peaks[arm] = max(self.peaks[arm], reply["peak"])
-        line["static_gib"], line["how"] = round(reply["static"] / GIB, 2), reply["how"]
+        self.static[arm] = reply["static"]
+        line["how"] = reply["how"]
         if reply["forecast"] is not None:
             line["forecast_gib"] = round(reply["forecast"] / GIB, 2)
 
@@ -111,6 +115,9 @@ class Table:
                 line |= {"tok_s": round(self.wanted.rows / middle), "steps": len(seconds)}
             if self.peaks[arm]:
                 line["peak_gib"] = round(self.peaks[arm] / GIB, 2)
+                if arm in self.static:
+                    line["static_gib"] = round(self.static[arm] / GIB, 2)
+                    line["activations_gib"] = round((self.peaks[arm] - self.static[arm]) / GIB, 2)
                 if "forecast_gib" in line:
                     line["forecast_ratio"] = round(line["forecast_gib"] * GIB / self.peaks[arm], 3)
             line["note"] = "; ".join(self.notes[arm])
@@ -190,8 +197,9 @@ class Bench:
             table.begun(arm, reply)
         return reply
 
-    def round(self, arm: str, table: Table, limit: float, number: int, warm: int, steps: int) -> bool:
-        reply = self.ask(arm, table, limit, "round", arm=arm, number=number, warm=warm, steps=steps, seconds=ROUND)
+    def round(self, arm: str, table: Table, limit: float, number: int, warm: int, seconds: float) -> bool:
+        steps = {"warm": warm, "steps": self.given.steps, "seconds": seconds}
+        reply = self.ask(arm, table, limit, "round", arm=arm, number=number, **steps)
         if reply is not None:
             table.timed(arm, reply, warm)
         return reply is not None
@@ -207,8 +215,11 @@ class Bench:
         """All models at once on the GPU: each arm's first batch, then rounds in which each has its turn."""
         foreign = [arm for arm in arms if ARMS[arm].process == "unsloth"]
         near = sorted((arm for arm in arms if arm not in foreign), key=("nbkit", "stock", "liger", "eager").index)
+        for name in {ARMS[arm].process for arm in ARMS} - {ARMS[arm].process for arm in arms if arm != "eager"}:
+            self.dropped(name)
+        for arm in arms:
+            self.start(arm)  # all import at the same time
         if foreign:
-            self.start(foreign[0])  # it takes long to import
             self.write_folder(table.wanted)
         ready = {arm: self.load(arm, table) for arm in near if arm != "eager"}
         ready = {arm: sent and self.answer(arm, table, deadline, "load") is not None for arm, sent in ready.items()}
@@ -253,7 +264,7 @@ class Bench:
                     going.remove(arm)
                     continue
                 limit = min(deadline, start + most - used[arm])
-                if not self.round(arm, table, limit, number, 1 if number else 2, self.given.steps):
+                if not self.round(arm, table, limit, number, 1, ROUND):
                     going.remove(arm)
                 last[arm] = time.monotonic() - start
                 used[arm] += last[arm]
@@ -264,8 +275,8 @@ class Bench:
         """One model at a time on the GPU."""
         if table.wanted.once:
             self.stop()
-        for process in list(self.processes.values()):
-            self.dropped(process)
+        for name in list(self.processes):
+            self.dropped(name)
         for place, arm in enumerate(arms):
             if arm == "eager" and "nbkit" in arms and not table.wanted.once:
                 table.note(arm, SAME)
@@ -277,8 +288,8 @@ class Bench:
             table.note(arm, "alone on the GPU")
             if table.wanted.once:
                 self.stop()
-            elif ARMS[arm].process in self.processes:
-                self.dropped(self.processes[ARMS[arm].process])
+            else:
+                self.dropped(ARMS[arm].process)
 
     def alone(self, arm: str, table: Table, limit: float) -> None:
         if table.wanted.once:
@@ -288,15 +299,17 @@ class Bench:
                 table.timed(arm, reply, 0)
                 table.lines[arm] |= {"prepared_s": round(reply["prepared"], 1), "process_gb": round(reply["in_use"] / 1e9, 2)}
         elif self.begin(arm, table, limit) is not None:
-            self.round(arm, table, limit, 0, 1, min(2, self.given.steps))
+            self.round(arm, table, limit, 0, 0, LONG_ROUND)
 
-    def dropped(self, process: Process) -> None:
+    def dropped(self, name: str) -> None:
         """Make a process give its model's memory back, or end it."""
+        if name not in self.processes:
+            return
         try:
-            process.send("drop")
-            process.reply(30)
+            self.processes[name].send("drop")
+            self.processes[name].reply(60)
         except Failed:
-            self.stop(process.name)
+            self.stop(name)
 
     # -- gradients ---------------------------------------------------------------------------------
 
