@@ -1,7 +1,7 @@
 """Loss and every gradient of the patched model are the stock one's: over fifty steps, split batches, and inputs out of the way.
 
 Each model is tried twice: with its parts bound one by one, and with whole layers fused, which a CPU runs through the
-references. The last tests do the same on the real SmolLM2, and count launches on a GPU.
+references. The last tests count launches on a GPU.
 """
 
 from __future__ import annotations
@@ -267,36 +267,6 @@ def test_rows_longer_than_the_positions_are_warned_of() -> None:
         warnings.simplefilter("error")
         model(input_ids=ids, labels=ids, position_ids=places)  # a pack of shorter rows
         model(input_ids=ids[:, :16], labels=ids[:, :16])
-
-
-# -- the real model ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.network
-@pytest.mark.parametrize("way", WAYS)
-def test_the_real_smollm2(way: str) -> None:
-    """Loss and all gradients of LoRA on the embedded model, in float32, against the stock model and against float64."""
-    from peft import LoraConfig, get_peft_model
-
-    from nbkit.config import ModelConfig
-    from nbkit.models.load import load
-
-    loaded = load(ModelConfig(name="smollm2-135m-instruct", dtype="float32"))
-    chats = ["Wind west 5, rain, 41 miles on the log.", "The cook has cut his thumb; it is bandaged. Course as before."]
-    loaded.tokenizer.padding_side = "right"
-    inputs = dict(loaded.tokenizer(chats, return_tensors="pt", padding=True))
-    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    model = get_peft_model(loaded.model, LoraConfig(r=8, target_modules=TARGETS, task_type="CAUSAL_LM")).train()
-    fill(model)
-    certificate = nbkit.certify(patched(model, way), inputs)
-    assert certificate.passed and not certificate.skipped and fused(model) is (way == "layers"), str(certificate)
-    assert len([row for row in certificate.rows if row.kind == "gradient"]) == 2 * 7 * 30
-    # transformers' float32 loss over 49,152 columns errs by up to 1e-4 in the gradients: float64 decides, and ours is nearer.
-    for row in certificate.rows:
-        if row.stock_error is not None and row.kind == "gradient":
-            assert row.error < row.stock_error and row.error < 2e-5, row
-        assert row.kind != "loss" or row.error < 1e-5
 
 
 # -- on a GPU ------------------------------------------------------------------------------------------------------------
