@@ -251,7 +251,7 @@ class Binding:
         self.writer = self.everything = None  # they hold views of the buffers, and this object lives until it is collected
         self.rows.handed = None
         self.scratch.clear()
-        self.stacks = Stacks(self, forward)
+        self.stacks.drop()
         self.embedding.park(False)
         self.host = None
         if self.norm is not None:

@@ -7,6 +7,7 @@ only is one `Room`, which all layers and steps of one shape write again and agai
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -104,6 +105,9 @@ class Room:
         d, f, h, g, k = layout.dims
         n, (r_qkv, r_o, r_gate_up, r_down) = batch * tokens, layout.ranks
         self.kind, self.spans = (batch, tokens, turned), layout.spans
+        self.layout = layout
+        self.slabs: Slabs | None = None
+        self.borrower: weakref.ref[Any] | None = None
         self.hidden = border(n, f, r_down, layout)
         self.g = Stream(self._empty(layout, n, d + max(r_o, r_down)), layout)
         self.dh = self._empty(layout, n, f)
@@ -128,9 +132,28 @@ class Room:
         self.dqkv_t = [self.dqkv.all[:, s.start : s.stop].t() for s in layout.spans[0]]
         self.dgu_t = [self.dgu.all[:, s.start : s.stop].t() for s in layout.spans[2]]
 
+    def lend(self, ctx: Any, layers: int) -> Slabs:
+        """Slabs for the node `ctx`: those of the last step of this shape, once its backward is through; else new ones."""
+        if self.slabs is not None and self.borrower is not None and _unfinished(self.borrower()):
+            return Slabs(self.layout, *self.kind[:2], layers)
+        if self.slabs is None:
+            self.slabs = Slabs(self.layout, *self.kind[:2], layers)
+        self.borrower = weakref.ref(ctx)
+        return self.slabs
+
     @staticmethod
     def _empty(layout: Layout, rows: int, columns: int) -> Tensor:
         return torch.empty(rows, columns, dtype=layout.dtype, device=layout.device)
+
+
+def _unfinished(ctx: Any) -> bool:
+    """Whether a backward may still read what the node saved. Autograd refuses to show it once it has been let go of."""
+    if ctx is None:
+        return False
+    try:
+        return bool(ctx.saved_tensors)
+    except RuntimeError:
+        return False
 
 
 def _norm(eps: float, x: Tensor, weight: Tensor, out: Tensor, rstd: Tensor) -> None:
@@ -248,4 +271,5 @@ class Sums:
 
 
 def _cut(flat: Tensor, start: int, rows: int, columns: int) -> Views:
-    return flat.narrow(1, start, rows * columns).unflatten(1, (rows, columns)).unbind(0)
+    layers, total = flat.shape
+    return flat.as_strided((layers, rows, columns), (total, columns, 1), start).unbind(0)

@@ -38,10 +38,9 @@ class Stack:
     tokens: int
 
 
-def forward(call: Stack, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Slabs, list[tuple[Any, ...]]]:
-    """y (N, D), what is kept, and of each layer's attention: out (N, H K), its tensors, its numbers. x (N, D) contiguous."""
+def forward(call: Stack, x: Tensor, cos: Tensor, sin: Tensor, kept: Slabs) -> tuple[Tensor, list[tuple[Any, ...]]]:
+    """y (N, D), and of each layer's attention: out (N, H K), its tensors, its numbers. x (N, D) contiguous; `kept` is filled."""
     room, n, mm = call.room, call.batch * call.tokens, torch.mm
-    kept = Slabs(call.layout, call.batch, call.tokens, len(call.parts))
     h1, h2, hidden, attended = kept.h_qkv, kept.h_gate_up, room.hidden, []
     y = torch.empty_like(x)
     for i, p in enumerate(call.parts):
@@ -68,7 +67,7 @@ def forward(call: Stack, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, S
         x = torch.addmm(mid, hidden.all, w_down.whole_t, out=y if i == len(call.parts) - 1 else kept.y[i])
         if p.down.bias is not None:
             x.add_(p.down.bias)
-    return y, kept, attended
+    return y, attended
 
 
 def _project(rows: Tensor, x: Tensor, xa: Tensor, weight: Any, bias: Tensor | None, out: Tensor) -> None:
@@ -150,7 +149,8 @@ class StackFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, call: Stack, rows: GradientRows, *params: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False), on_device(x):  # dtypes are the weights' own; autocast would mix them
-            y, kept, attended = forward(call, as_rows(x).contiguous(), cos, sin)
+            kept = call.room.lend(ctx, len(call.parts))
+            y, attended = forward(call, as_rows(x).contiguous(), cos, sin, kept)
         ctx.call, ctx.gradient_rows, ctx.views = call, rows, kept
         ctx.used = [p.used() for p in call.parts]
         ctx.numbers = [(len(state), numbers) for _, state, numbers in attended]
@@ -164,7 +164,7 @@ class StackFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         saved, (n, m), call = ctx.saved_tensors, ctx.counts, ctx.call
         x, cos, sin = saved[:3]
-        kept, ctx.views = ctx.views, None  # the views hold what autograd lets go of after this, unless the graph is retained
+        kept, ctx.views = ctx.views, None  # views hold memory that autograd lets go of after this, unless the graph is retained
         if kept is None:
             kept = Slabs(call.layout, call.batch, call.tokens, len(call.parts), saved[3 + n : 3 + n + m])
         at, attended = 3 + n + m, []
@@ -188,6 +188,7 @@ class Stacks:
     def __init__(self, binding: Any, own: Callable[..., Any]) -> None:
         """`own` is the forward that a layer's instance runs unless another library has put itself around it."""
         self.binding, self.own = binding, own
+        binding.planning.append(self.drop)
         self.version = -1  # of the binding, as it is known here
         self.layout: Layout | None = None  # None: layers differ, or train more than LoRA
         self.weights = 0  # of a layer
@@ -198,30 +199,44 @@ class Stacks:
     def begin(self) -> None:
         """Call before each forward of the model."""
         self.ahead = None
+        if self.room is not None and not torch.is_grad_enabled():
+            self.room.slabs = None  # whoever evaluates or generates now may want the memory
+
+    def drop(self) -> None:
+        """Give back what stays allocated between steps."""
+        self.room = None
 
     def call(self, first: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Stack | None:
         """All layers as one call on x (B, T, D) and rope's tables; None where this step goes layer by layer.
 
         `first` is the layer that is asked; the first one runs them all.
         """
-        binding, bound = self.binding, self.binding.bound
-        if first is not bound[0] or binding.recording or len(bound) != binding.decoder.config.num_hidden_layers:
+        bound = self.binding.bound
+        if first is not bound[0] or self.binding.recording:
             return None
-        if self.version != binding.version:
+        if self.version != self.binding.version:
             self._learn()
         layout, (batch, tokens, _) = self.layout, x.shape
-        if layout is None or batch * tokens * self.weights > PACE or any(self._watched(one.parts.layer) for one in bound):
-            return None
-        keeps = {binding.keep_of(one.parts.index) for one in bound}
-        if any(keep.level or keep.tile for keep in keeps):
+        if layout is None or not self._fits(layout, batch * tokens):
+            self.drop()
             return None
         turned = (cos.dtype, cos.shape, cos.stride(), sin.stride())
         if self.room is None or self.room.kind != (batch, tokens, turned):
-            if layout.room_bytes(batch * tokens) > LARGEST_ROOM:
-                return None
-            self.room = None  # before the next is made
+            self.drop()  # before the next is made
             self.room = Room(layout, batch, tokens, turned)
         return Stack([one.parts for one in bound], layout, self.room, self._attends(x), batch, tokens)
+
+    def _fits(self, layout: Layout, rows: int) -> bool:
+        """Whether the host sets the pace of a step of so many rows, all is kept, and nobody looks at a layer."""
+        binding = self.binding
+        if rows * self.weights > PACE or layout.room_bytes(rows) > LARGEST_ROOM:
+            return False
+        if len(binding.bound) != binding.decoder.config.num_hidden_layers:
+            return False
+        keeps = {binding.keep_of(one.parts.index) for one in binding.bound}
+        return not any(keep.level or keep.tile for keep in keeps) and not any(
+            self._watched(one.parts.layer) for one in binding.bound
+        )
 
     def run(self, call: Stack, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The last layer's output."""

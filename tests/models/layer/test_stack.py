@@ -12,7 +12,7 @@ import torch
 
 import nbkit
 from nbkit.kernels import _launch, swiglu_lora
-from nbkit.models.layer import ops, stack
+from nbkit.models.layer import ops, room, stack
 from tests.models.layer.rig import batch, fill, lora, step, worst
 from tests.models.layer.test_layer import FAMILIES, bound
 
@@ -249,28 +249,40 @@ def test_adapters_switched_between_forward_and_backward(runs):
     binding.release()
 
 
-def test_nothing_of_a_step_outlives_its_backward(runs, monkeypatch):
-    """While the loss lives on, as it does in a training loop, what the layers kept is gone; after release the room is, too."""
+def test_what_is_kept_is_used_again_by_the_next_step_and_given_back(runs, monkeypatch):
+    """While the loss lives on, as it does in a training loop; not before its backward is through, and not under no_grad."""
     model, inputs = lora("llama"), batch()
     made = []
     real = stack.Slabs.__init__
 
     def init(self, *args):
         real(self, *args)
-        made.extend(weakref.ref(t) for t in self.tensors)
+        made.append(weakref.ref(self))
 
-    monkeypatch.setattr(stack.Slabs, "__init__", init)
+    monkeypatch.setattr(room.Slabs, "__init__", init)
     binding = bound(model)
+    for _ in range(4):
+        loss = model(**inputs).loss
+        loss.backward()
+    assert len(made) == 1 and loss.grad_fn is not None
+    first = model(**inputs).loss
+    second = model(**inputs).loss
+    assert len(made) == 2
+    second.backward()
+    assert made[1]() is None and made[0]() is not None
+    first.backward(retain_graph=True)
+    model(**inputs).loss.backward()
+    assert len(made) == 3, "the graph of the first is still there"
+    first.backward()
+    with torch.no_grad():
+        model(**inputs)
+    assert not any(one() for one in made)
     loss = model(**inputs).loss
-    assert made and all(one() is not None for one in made)
     loss.backward()
-    gc.collect()
-    assert loss.grad_fn is not None and not any(one() is not None for one in made)
-    room = weakref.ref(binding.stacks.room)
-    del loss
+    del loss, first, second
     binding.release()
     gc.collect()
-    assert room() is None
+    assert len(runs) == 8 and not any(one() for one in made) and binding.stacks.room is None
 
 
 @pytest.mark.skipif(not _launch.LEAN or _launch.INTERPRETED, reason="launches are Triton's own here")
@@ -317,7 +329,7 @@ def test_prepared_launches_are_those_that_the_functions_would_make(monkeypatch):
         for seed in range(3):
             loss = model(**batch(rows=2, tokens=tokens, seed=seed)).loss
             loss.backward()
-        room = binding.stacks.room
-        sites = (room.norm1, room.norm2, room.norm1_back, room.norm2_back, room.rope, room.pack, room.swiglu, room.swiglu_back)
-        assert set(sites) == set(checked)
+        all_of = vars(binding.stacks.room).values()
+        sites = [one for one in all_of if isinstance(one, _launch.Prepared)]
+        assert len(sites) == 8 and set(sites) == set(checked)
     binding.release()
