@@ -242,11 +242,11 @@ def _nearest(x, BOUNDS):
 
 
 @jit
-def _store_codes(x, CODES, MAX, BOUNDS, at, inside, block, there):
-    """x (blocks, 256) quantised and written."""
+def _store_codes(x, CODES, MAX, BOUNDS, at, block, there):
+    """x (blocks, 256) quantised and written, whole blocks: past a tensor's end x is 0, and the plain path reads it so."""
     top = tl.max(tl.abs(x), axis=1)
     code = _nearest(tl.div_rn(x, tl.where(top > 0.0, top, 1.0)[:, None]), BOUNDS)
-    tl.store(CODES + at, code.to(tl.uint8), mask=inside)
+    tl.store(CODES + at, code.to(tl.uint8), mask=there[:, None])
     tl.store(MAX + block, top, mask=there)
 
 
@@ -286,8 +286,8 @@ def _adamw8bit_kernel(
         m, v = tl.where(inside, m, 0.0), tl.where(inside, v, 0.0)
         p = updated(p, m, v, tl.load(STEPS + k), lr, log_b1, log_b2, eps, decay)
         tl.store(param, p.to(TYPE), mask=inside)
-        _store_codes(m, M, M_MAX, BOUNDS_M, code_at, inside, block, there)
-        _store_codes(v, V, V_MAX, BOUNDS_V, code_at, inside, block, there)
+        _store_codes(m, M, M_MAX, BOUNDS_M, code_at, block, there)
+        _store_codes(v, V, V_MAX, BOUNDS_V, code_at, block, there)
 
 
 # -- public function, in place ---------------------------------------------------------------------

@@ -111,6 +111,19 @@ def test_adamw8bit_takes_each_tensor_as_if_it_were_alone() -> None:
         assert torch.equal(getattr(state, field), torch.cat([getattr(own, field) for own in states])), field
 
 
+def test_adamw8bit_keeps_zeros_past_the_end_of_a_tensor() -> None:
+    """So that kernel and plain path go on from each other's state: a resume on another machine."""
+    sizes = (300, 1, 2000)
+    params, state = many(sizes, 0), a8.State8.zeros(sizes, DEVICE)
+    for t in range(2):
+        a8.adamw8bit_(params, many(sizes, t + 1), state, a8.Rates(0.1))
+    first = 0
+    for n in sizes:
+        last = first + -(-n // 256) * 256
+        assert state.m[first + n : last].unique().tolist() == [127] and state.v[first + n : last].unique().tolist() == [0]
+        first = last
+
+
 def test_adamw8bit_skips_and_clips() -> None:
     sizes = (700, 40)
     params = many(sizes, 0)
