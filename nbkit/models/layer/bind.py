@@ -265,6 +265,7 @@ class BoundLayer:
     def __init__(self, binding: Binding, parts: Parts) -> None:
         self.binding, self.parts = binding, parts
         self.params: list[Tensor] = []
+        self.unread = True  # whether `params` are to be read from the parts, whatever these say of changes
         layer = vars(parts.layer)
         self.before = layer.get("forward")  # what another library bound; None: the class's own
         layer[MARK] = self
@@ -279,13 +280,14 @@ class BoundLayer:
         # Checkpointing is a level here. transformers' own would repeat the whole layer, which some versions wrap around this.
         switched = self.binding.switched_on
         try:
-            changed = self.parts.refresh()
+            changed = self.parts.refresh() or self.unread
         except Unfit as reason:
             reasons[self.parts.index] = str(reason)
+            self.unread = True
             _switch(layer, switched)
             return True
         if changed:
-            self.params = self.parts.parameters()
+            self.params, self.unread = self.parts.parameters(), False
         reasons.pop(self.parts.index, None)
         _switch(layer, False)
         return changed

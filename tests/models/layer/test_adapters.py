@@ -197,3 +197,19 @@ def test_weights_of_an_unknown_kind() -> None:
         1: "one of down_proj is a Sequential of torch, not a plain or NF4 linear",
     }
     binding.release()
+
+
+def test_a_first_forward_under_hooks_loses_no_gradient() -> None:
+    """As `find_overflow` and profilers do before the first step."""
+    model = lora("llama")
+    wanted = step(model, **batch())
+    binding = bound(model)
+    handles = [m.register_forward_hook(lambda *args: None) for m in model.modules()]
+    with torch.no_grad():
+        model(**batch())
+    assert set(binding.reasons) == {0, 1}
+    for handle in handles:
+        handle.remove()
+    loss, grads = step(model, **batch())
+    assert binding.how and loss == pytest.approx(wanted[0], rel=1e-5) and worst(grads, wanted[1])[0] < 1e-5
+    binding.release()
