@@ -330,8 +330,7 @@ def swiglu_lora_backward(
         dgate, dup: (N, F); may be gate and up.
         scales: (sg, su).
         da: (r, F), the first r columns of u; None: not wanted. In float32 or any other dtype, any row stride, like the next two.
-        db_gate: (F, r), r <= gate_rank; None: not wanted.
-        db_up: (F, r), r <= xa's other columns; None: not wanted.
+        db_gate, db_up: (F, r) each, r at most the columns that xa has for it; None: not wanted.
         add: the three are added to what the outputs hold.
     Raises: ValueError for shapes or dtypes that do not fit, or columns that lie apart.
     """
@@ -341,19 +340,13 @@ def swiglu_lora_backward(
     _check({"u": u, "xa": xa}, (n, None), gate.dtype)
     _check({} if da is None else {"da": da}, (rd, f))
     _check({k: x for k, x in (("db_gate", db_gate), ("db_up", db_up)) if x is not None}, (f, None))
-    if rd > u.shape[1] or rg > gate_rank or gate_rank + ru > xa.shape[1]:
-        raise ValueError(
-            f"da of rank {rd}, db_gate of {rg} and db_up of {ru} need as many columns of u, of which there are {u.shape[1]}, "
-            f"and of xa, which has {gate_rank} for gate and {xa.shape[1] - gate_rank} for up."
-        )
+    _check_ranks(rd, rg, ru, u.shape[1], gate_rank, xa.shape[1] - gate_rank)
     xa_gate, xa_up = xa[:, :gate_rank], xa[:, gate_rank:]
     if n == 0 or not fits(gate, rd, rg, ru):
-        swiglu_backward(dh, gate, up, dgate, dup, h=None if da is None else dh)
-        for out, left, right, scale in (
-            (da, u[:, :rd], dh, 1.0), (db_gate, dgate, xa_gate[:, :rg], scales[0]), (db_up, dup, xa_up[:, :ru], scales[1])
-        ):  # fmt: skip
-            if out is not None:
-                _accumulate(out, left.t(), right, scale, add)
+        swiglu_backward(dh, gate, up, dgate, dup, h=None if da is None else dh)  # dh holds h by now
+        _accumulate(da, u[:, :rd], dh, 1.0, add)
+        _accumulate(db_gate, dgate, xa_gate[:, :rg], scales[0], add)
+        _accumulate(db_up, dup, xa_up[:, :ru], scales[1], add)
         return dgate, dup
     plan, block_r = backward_plan(n, f, max(rd, rg, ru), _processors(gate.device)), _block_r(max(rd, rg, ru))
     part = torch.empty(plan.parts, rd + rg + ru, f, dtype=torch.float32, device=gate.device)
@@ -386,9 +379,20 @@ def _check(matrices: dict[str, Tensor], shape: tuple[int | None, int | None], dt
             raise ValueError(f"{name} is {tuple(x.shape)} {x.dtype}; it must be {wanted}.")
 
 
-def _accumulate(out: Tensor, a: Tensor, b: Tensor, alpha: float, add: bool) -> None:
-    """out = alpha a @ b (+ out where `add`); a and b in 16 bits sum into a float32 out without a rounding between."""
-    beta = 1.0 if add else 0.0
+def _check_ranks(rd: int, rg: int, ru: int, down: int, gate: int, up: int) -> None:
+    """Raises: ValueError if there are more ranks than columns for them."""
+    if rd > down or rg > gate or ru > up:
+        raise ValueError(
+            f"da of rank {rd}, db_gate of {rg} and db_up of {ru} need as many columns of u, of which there are {down}, "
+            f"and of xa, which has {gate} for gate and {up} for up."
+        )
+
+
+def _accumulate(out: Tensor | None, left: Tensor, b: Tensor, alpha: float, add: bool) -> None:
+    """out = alpha left^T b (+ out where `add`); left and b in 16 bits sum into a float32 out without a rounding between."""
+    if out is None:
+        return
+    a, beta = left.t(), 1.0 if add else 0.0
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
     elif out.is_cuda and out.dtype == torch.float32:
