@@ -193,3 +193,55 @@ def test_checkpointing_where_no_layer_is_fused(monkeypatch: pytest.MonkeyPatch) 
     assert all(layer.gradient_checkpointing for layer in model.get_base_model().model.layers)
     nbkit.patch(model, use_gradient_checkpointing=False)
     assert not any(layer.gradient_checkpointing for layer in model.get_base_model().model.layers)
+
+
+# -- machines ------------------------------------------------------------------------------------------------------------
+
+
+def test_layers_on_several_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts are bound where they lie; no layer is fused."""
+    monkeypatch.setattr(room, "mixed_devices", lambda base, family: "the layers lie on several devices (cuda:0, cuda:1)")
+    model = adapted()
+    report = nbkit.patch(model)
+    assert "  skipped     1 x model.layers: the layers lie on several devices (cuda:0, cuda:1)" in str(report).splitlines()
+    assert binding_of(model) is None and [one.op for one in report.bound].count("rms_norm") == 5
+
+
+@pytest.mark.gpu
+def test_an_old_gpu_runs_stock_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted().cuda()
+    inputs = {k: v.cuda() for k, v in batch().items()}
+    wanted = step(model, **inputs)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (6, 1))
+    report = nbkit.patch(model)
+    assert not report.bound and report.runs == "everything runs stock"
+    assert "has capability 6.1, kernels need 7.0, so it runs stock, and slowly" in str(report)
+    got = step(model, **inputs)
+    assert got[0] == wanted[0] and all(torch.equal(got[1][n], wanted[1][n]) for n in wanted[1])
+    assert running.stock_reasons(model) == [one.reason for one in report.skipped]
+
+
+@pytest.mark.gpu
+def test_layers_that_lie_on_the_cpu_beside_a_gpu() -> None:
+    """As a device_map leaves them that is too large for the card."""
+    from accelerate import dispatch_model
+
+    model = tiny_model("llama")
+    ids = batch()["input_ids"]
+    wanted = model(input_ids=ids, labels=ids).loss.item()
+    places = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "cpu", "model.norm": 0, "model.rotary_emb": 0}
+    model = dispatch_model(model, {**places, "lm_head": 0})
+    report = nbkit.patch(model)
+    assert "not in memory (offloaded, device meta)" in str(report) and not report.bound
+    assert model(input_ids=ids.cuda(), labels=ids.cuda()).loss.item() == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.05}, {"use_dora": True}], ids=str)
+def test_what_runs_stock_is_told_to_a_run(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "_fuses", lambda device: device.type == "cuda")
+    model = adapted(**options).cuda()
+    nbkit.patch(model)
+    assert len(running.stock_reasons(model)) == 1 and running.stock_reasons(model)[0].startswith(
+        "layers 0 to 1 are not fused: q_proj"
+    )

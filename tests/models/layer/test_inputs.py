@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nbkit.models.attention import Documents
+from nbkit.models.layer import Keep
 from nbkit.models.layer import inputs as room
 from tests.models.layer.rig import batch, fill, lora, step, worst
 from tests.models.layer.test_layer import bound
@@ -198,3 +199,32 @@ def test_checkpointing_switched_off_and_on_between_forward_and_backward() -> Non
             assert binding.asides
             binding.release()
     assert worst(results[1], results[0])[0] == 0
+
+
+# -- packs ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [None, Keep(4, 7, True, 1)], ids=str)
+@pytest.mark.parametrize("form", ["positions", "edges"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_packed_documents_do_not_leak(family: str, form: str, keep: Keep | None) -> None:
+    """Document 1 is another one: the logits of the others are the same bit for bit, and so is what they give their input."""
+    model, inputs = lora(family), packed()
+    binding = bound(model, keep)
+    if form == "edges":
+        starts = torch.tensor([0, 3, 17, 24], dtype=torch.int32)
+        inputs |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 14, "max_length_k": 14}
+    ids, found = inputs.pop("input_ids"), []
+    for shift in (0, 7):
+        other = ids.clone()
+        other[0, 3:17] = (ids[0, 3:17] + shift) % 300
+        embedded = model.get_input_embeddings()(other).detach().requires_grad_()
+        logits = model(inputs_embeds=embedded, **inputs, use_cache=False).logits[0]
+        logits[[0, 1, 2, *range(17, 24)]].square().sum().backward()
+        found.append((logits.detach(), embedded.grad))
+    (one, gradient), (two, its) = found
+    assert binding.how and not binding.reasons
+    assert torch.equal(one[:3], two[:3]) and torch.equal(one[17:], two[17:])
+    assert all(not torch.equal(one[at], two[at]) for at in range(3, 17))
+    assert not gradient[0, 3:17].any() and torch.equal(gradient, its) and gradient[0, 17:].any()
+    binding.release()

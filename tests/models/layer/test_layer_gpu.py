@@ -164,7 +164,7 @@ def test_packed_documents(family, kernel, keep, monkeypatch):
     if kernel == "efficient documents":
         if family == "mistral":
             pytest.skip("a window takes flash or the plain formulas")
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+        monkeypatch.setattr("nbkit.models.attention.capability_of", lambda like: (7, 5))
     truth, model = lora_on_gpu(family), lora_on_gpu(family, torch.bfloat16)
     truth.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
     how = compare(model, truth, packed_on_gpu([3, 61, 1, 40]), keep)
@@ -275,3 +275,42 @@ def test_recorded_steps_accumulate_switch_adapters_and_wait_for_their_backward()
     assert step(model, **one)[0] == pytest.approx(a[0], rel=1e-3) and off != pytest.approx(a[0], rel=1e-5)
     nbkit.unpatch(model)
     assert step(model, **one)[0] == pytest.approx(a[0], rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kernel", ["as chosen", "efficient"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_packed_documents_do_not_leak(family, kernel, dtype, monkeypatch):
+    """Another document 1 leaves the logits of document 2 the same bit for bit, from the first batch of a shape on."""
+    if kernel == "efficient":
+        monkeypatch.setattr("nbkit.models.attention.capability_of", lambda like: (7, 5))
+    model = lora_on_gpu(family, dtype)
+    binding = bound(model)
+    for _ in range(2):
+        inputs = packed_on_gpu([61, 40, 27])
+        found = []
+        for shift in (0, 7):
+            inputs["input_ids"][0, :61] = (inputs["input_ids"][0, :61] + shift) % 300
+            found.append(model(**inputs).logits[0].detach().clone())
+        assert binding.how and not torch.equal(found[0][:61], found[1][:61])
+        assert torch.equal(found[0][61:], found[1][61:])
+    binding.release()
+
+
+def test_recorded_packs_do_not_leak():
+    import nbkit
+
+    model = lora_on_gpu(dtype=torch.bfloat16)
+    nbkit.patch(model)
+    inputs, found = packed_on_gpu([24, 40]), []
+    for number in range(8):
+        inputs["input_ids"][0, :24] = (inputs["input_ids"][0, :24] + number) % 300
+        outputs = model(**inputs)
+        found.append(outputs.logits[0].detach().clone())
+        outputs.loss.backward()
+    graphs = vars(model.get_base_model())["_nbkit_graphs"]
+    assert graphs.recorded, graphs.note
+    for one in found[4:]:  # replays of one graph
+        assert torch.equal(one[24:], found[-1][24:])
+    assert not torch.equal(found[4][:24], found[-1][:24])
+    nbkit.unpatch(model)
