@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nbkit.models.attention import Attend
 
 TILE_BYTES = 64 * 2**20  # of one tile's scores; about four tensors of this size live at once
+SMALLEST_TILE = 64  # queries, where there is room for them
 
 
 def forward(how: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -86,6 +87,7 @@ def _tiles(how: Attend, q: Tensor, mask: Tensor | None) -> Iterator[tuple[slice,
     room = TILE_BYTES // (b * h * torch.promote_types(q.dtype, torch.float32).itemsize)
     # n queries see at most reach + n keys, and never more than t: the n for which n (reach + n), or n t, is `room`
     rows = max(1, room // t, (math.isqrt(reach**2 + 4 * room) - reach) // 2)
+    rows = min(rows, max(SMALLEST_TILE, reach // 8))  # the fewer, the less is computed of what none of them may see
     for start in range(0, t, rows):
         stop = min(start + rows, t)
         yield slice(start, stop), slice(0, t) if mask is not None else slice(max(0, start - reach + 1), stop)
