@@ -255,8 +255,8 @@ def _forward(scale: float, softcap: float | None) -> Callable[..., Any]:
     capped, _ = _mods(softcap)
 
     def run(q: Tensor, k: Tensor, v: Tensor, first: Tensor, *blocks: Tensor) -> tuple[Tensor, Tensor]:
-        operator = torch.ops.higher_order.flex_attention
-        return operator(q, k, v, capped, _mask(first, blocks), scale, _options(q), (), (first,))[:2]
+        mask = _mask(first, blocks)
+        return torch.ops.higher_order.flex_attention(q, k, v, capped, mask, scale, _options(q), (), (first,))[:2]
 
     return run
 
@@ -267,9 +267,9 @@ def _backward(scale: float, softcap: float | None) -> Callable[..., Any]:
     def run(
         q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, do: Tensor, first: Tensor, *blocks: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        mask = _mask(first, blocks)
         operator = torch.ops.higher_order.flex_attention_backward
         none = torch.zeros_like(lse)  # nothing flows back into lse
-        mask = _mask(first, blocks)
         return operator(q, k, v, out, lse, do, none, capped, slope, mask, scale, _options(q), (), (first,))[:3]
 
     return run
