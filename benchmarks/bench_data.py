@@ -1,6 +1,6 @@
 """The data room on generated conversations: seconds and peak memory, the first time, and the second with the set kept.
 
-usage: python benchmarks/bench_data.py [--rows 20000] [--tokens 1500] [--template NAME] [--out FILE.csv]
+usage: python -m benchmarks.bench_data [--rows 20000] [--tokens 1500] [--template NAME] [--out FILE.csv]
 
 The conversations have 2 to 16 turns with prose (words by Zipf's law, one in twelve made up), lists, code and other scripts;
 about a tenth have a system message, and the lengths are spread as in chat sets (log-normal). The tokenizer is that of
@@ -12,20 +12,19 @@ resident memory above it, read fifty times a second. Packing is that of `TrainCo
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results" / "data.csv"
+from benchmarks._results import ROOT, append, commit, versions
+
+RESULTS = ROOT / "benchmarks" / "results" / "data.csv"
 PACK_TOKENS = 8192
 LIMITS = {"first": 90.0, "second": 3.0}
 LIMIT_BYTES = 2 * 2**30
@@ -185,6 +184,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=1_500, help="about how many a row")
     parser.add_argument("--template", help="a template's name; the tokenizer's own if left out")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--commit", default="", help="written to the CSV; found from git if not given")
     parser.add_argument("--pass", dest="paths", nargs=3, type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.paths:
@@ -198,16 +198,27 @@ def main() -> int:
         print(f"{given.rows:,} conversations, {rows.stat().st_size / 2**20:.0f} MiB; tokenizer: {name}; {os.cpu_count()} cores")
         found = []
         for which in ("first", "second"):
-            command = [sys.executable, __file__, "--pass", str(rows), str(tokenizer), str(folder / "workspace")]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.bench_data",
+                "--pass",
+                str(rows),
+                str(tokenizer),
+                str(folder / "workspace"),
+            ]
             command += ["--template", given.template] if given.template else []
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
             if done.returncode:
                 print(done.stderr[-2000:])
                 return 1
             line = next(line for line in done.stdout.splitlines() if line.startswith("PASS "))
             found.append({"time": which, "template": given.template or "own", **json.loads(line.removeprefix("PASS "))})
     show(found)
-    append(given.out, [{**stamp(name), **one} for one in found])
+    about = {"date": time.strftime("%Y-%m-%d"), "commit": given.commit or commit(), "tokenizer": name, "cores": os.cpu_count()}
+    about |= versions(("transformers", "tokenizers", "numpy", "torch"))
+    append(given.out, [about | one for one in found])
+    print(f"{len(found)} rows added to {given.out}")
     same = len({one["fingerprint"] for one in found}) == 1
     within = all(one["seconds"] <= LIMITS[one["time"]] and one["over_base_mib"] * 2**20 <= LIMIT_BYTES for one in found)
     print(
@@ -219,31 +230,6 @@ def main() -> int:
 def show(found: list[dict[str, Any]]) -> None:
     for name in found[0]:
         print(f"{name:15}" + "".join(f"{one[name]:>16,}" if isinstance(one[name], int) else f"{one[name]:>16}" for one in found))
-
-
-def stamp(tokenizer: str) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    names = ("transformers", "tokenizers", "numpy", "torch")
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit,
-        "tokenizer": tokenizer,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in names},
-    }
-
-
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Adds rows to the CSV; a new file starts with the names of the columns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, list(rows[0]))
-        if fresh:
-            table.writeheader()
-        table.writerows(rows)
-    print(f"{len(rows)} rows added to {path}")
 
 
 if __name__ == "__main__":
