@@ -162,13 +162,20 @@ def packed_on_gpu(lengths: list[int], seed: int = 1) -> dict[str, torch.Tensor |
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_packed_documents(family, kernel, keep, monkeypatch):
     if kernel == "efficient documents":
-        if family == "mistral":
-            pytest.skip("a window takes flash or the plain formulas")
         monkeypatch.setattr("nbkit.models.attention.capability_of", lambda like: (7, 5))
     truth, model = lora_on_gpu(family), lora_on_gpu(family, torch.bfloat16)
     truth.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
     how = compare(model, truth, packed_on_gpu([3, 61, 1, 40]), keep)
     assert any(h.startswith(kernel) for h in how)
+
+
+@pytest.mark.parametrize("keep", [None, Keep(4, 50, True, 1)], ids=str)
+def test_a_window_where_there_is_no_flash(keep, monkeypatch):
+    monkeypatch.setattr("nbkit.models.attention.capability_of", lambda like: (7, 5))
+    truth, model = lora_on_gpu("mistral"), lora_on_gpu("mistral", torch.float16)
+    truth.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
+    how = compare(model, truth, on_gpu(tokens=77, padded=True), keep)
+    assert any(h.startswith("efficient window") for h in how)
 
 
 def test_recorded_packs_equal_eager_ones_and_take_other_lengths():
