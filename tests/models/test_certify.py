@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from nbkit.errors import ModelError
 from nbkit.families import all_families, find
 from nbkit.models import certify as room
 from nbkit.models import forwards, twin
-from nbkit.models.certificate import Certificate
+from nbkit.models.certificate import SCHEMA, Certificate
 from nbkit.models.forwards import MARK
 from nbkit.models.layer import bind, binding_of
 from tests.models.layer.rig import TARGETS, batch, lora
@@ -297,3 +298,21 @@ def test_layers_that_run_stock_are_in_the_certificate_once(monkeypatch: pytest.M
     assert [one for one in found.stock if "Dora" in one] == [
         "model.layers.0 and 1 more: q_proj uses a variant of LoRA (DoraLinearVariant); its parts are bound one by one"
     ]
+
+
+KEPT = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "certificates"
+
+
+@pytest.mark.parametrize("weights", ["float32", "nf4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_certificate_of_every_family_is_kept(family: str, weights: str) -> None:
+    """Made by `python -m benchmarks.certify_families`; each new family brings its own."""
+    path = KEPT / f"{family}-{weights}-cpu.json"
+    assert path.is_file(), f"run: python -m benchmarks.certify_families {family}"
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    assert kept["passed"] and kept["verdict"].startswith("EXACT: ") and kept["family"] == family
+    assert kept["schema"] == SCHEMA and not kept["skipped"] and not kept["stock"]
+    rows = [row for row in kept["rows"] if row["kind"] == "gradient"]
+    assert len(rows) == 2 * 2 * len(TARGETS) * (1 if weights == "float32" else 2)
+    assert all(float(row["ratio"]) <= 1 for row in kept["rows"]) and any("2 fused layers" in how for how in kept["how"])
+    assert kept["weights"].startswith("NF4" if weights == "nf4" else "float32") and len(kept["commit"]) == 40
