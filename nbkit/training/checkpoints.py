@@ -165,7 +165,7 @@ def _verify(path: Path) -> tuple[Mapping[str, Any] | None, str]:
             if _fact_of(file) != fact:
                 return None, f"{name} is not as it was written"
     except FileNotFoundError:
-        return None, "its saving was cut off"
+        return None, f"it has no {MANIFEST}, so another program wrote it or that file was deleted"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return None, f"its manifest cannot be read ({type(error).__name__})"
     return manifest, ""

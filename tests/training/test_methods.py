@@ -75,3 +75,45 @@ def test_a_constant_schedule_with_warm_up_warms_up(tmp_path: Path) -> None:
     trainer = build(tmp_path, rig.lora_model(), schedule="constant", warmup_steps=2)
     assert trainer.args.lr_scheduler_type.value == "constant_with_warmup"
     trainer.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "most", "expected"),
+    [
+        ("auto", 10**9, "AdamW"),
+        ("auto", 10, "AdamW8bit"),
+        ("adamw", 10, "AdamW"),
+        ("adamw_8bit", 10**9, "AdamW8bit"),
+        ("sgd", 10, "SGD"),
+    ],
+)
+def test_optimizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, most: int, expected: str) -> None:
+    """ "auto" goes by the number of trained parameters alone; the 8-bit one is nbkit's, with the groups of transformers."""
+    monkeypatch.setattr(methods, "SMALL_ADAPTER", most)
+    trainer = build(tmp_path, rig.lora_model(), optimizer=name, weight_decay=0.1, learning_rate=3e-3)
+    optimizer = trainer.create_optimizer()
+    assert type(optimizer).__name__ == expected and optimizer.param_groups[0]["lr"] == 3e-3
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert optimizer.__module__.startswith("nbkit.") is (expected == "AdamW8bit")
+    trainer.close()
+
+
+def test_bitsandbytes_own_is_there_under_its_name(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    trainer = build(tmp_path, rig.lora_model(), optimizer="adamw_bnb_8bit")
+    assert "bitsandbytes" in type(trainer.create_optimizer()).__module__
+    trainer.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("adamw_8bit", 2 + 8 / 256), ("OptimizerNames.ADAMW_8BIT", 2 + 8 / 256), ("adamw_torch_fused", 8)]
+)
+def test_the_planner_is_told_what_the_optimizer_keeps(monkeypatch: pytest.MonkeyPatch, name: str, told: float) -> None:
+    from types import SimpleNamespace
+
+    from nbkit.training import keep
+
+    binding = SimpleNamespace(optimizer_bytes=None)
+    monkeypatch.setattr(keep, "binding_of", lambda model: binding)
+    keep.tell_optimizer_bytes(None, name)
+    assert binding.optimizer_bytes == told
