@@ -195,7 +195,7 @@ def _compile(function: Callable[..., Any], args: tuple[Tensor, ...]) -> Callable
     try:
         import torch._inductor as inductor
 
-        with on_device(args[0]):
+        with on_device(args[0]), torch.autocast(args[0].device.type, enabled=False):
             ready: Any = inductor.compile(_traced(function, args), list(args), options={"compile_threads": 1})
             ready(*args)  # what Triton compiles is compiled with the first call
     except torch.OutOfMemoryError:
@@ -212,8 +212,7 @@ def _traced(function: Callable[..., Any], args: tuple[Tensor, ...]) -> torch.fx.
     """The operators that `function` calls on tensors like `args`; nothing is computed."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    with torch.autocast(args[0].device.type, enabled=False):
-        return make_fx(function, tracing_mode="fake")(*args)
+    return make_fx(function, tracing_mode="fake")(*args)
 
 
 def _visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor, first: Tensor) -> Tensor:
