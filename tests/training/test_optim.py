@@ -326,6 +326,15 @@ def test_refuses_what_cannot_be(wrong: dict) -> None:
 # -- on a GPU --------------------------------------------------------------------------------------
 
 
+def near(found: Any, others: Any, loose: float, rate: float) -> bool:
+    """Within `loose` but for one element in a thousand: a value half-way between two codes may get either, and then its next
+    update differs by some hundredths of the rate."""
+    off = torch.cat(
+        [(p.detach().cpu().float() - q.detach().cpu().float()).abs().flatten() for p, q in zip(found, others, strict=True)]
+    )
+    return float((off > loose).float().mean()) < 1e-3 and float(off.max()) < max(rate, loose)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_on_a_gpu_it_equals_the_cpu(dtype: torch.dtype) -> None:
@@ -340,9 +349,7 @@ def test_on_a_gpu_it_equals_the_cpu(dtype: torch.dtype) -> None:
             here[1].grad = there[1].grad = None
         for optimizer in optimizers:
             optimizer.step()
-    loose = {torch.float32: 2e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
-    for p, q in zip(here, there, strict=True):
-        assert torch.allclose(p.float(), q.float().cpu(), rtol=loose, atol=loose)
+    assert near(here, there, {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype], rate=1e-2)
     assert torch.equal(optimizers[0].state[here[0]]["steps"], optimizers[1].state[there[0]]["steps"].cpu())
 
 
@@ -350,9 +357,10 @@ def test_on_a_gpu_it_equals_the_cpu(dtype: torch.dtype) -> None:
 def test_on_a_gpu_448_tensors_are_one_launch_that_nobody_waits_for() -> None:
     found = [torch.nn.Parameter(p.detach().cuda()) for p in params(0, ((16, 256), (512, 16)) * 224)]
     optimizer = AdamW8bit(found, lr=1e-2)
-    for number in range(2):  # the first compiles
+    for number in range(2):  # what is compiled is compiled here
         for p in found:
             p.grad = torch.full_like(p, number + 1.0)
+        optimizer.found_inf = torch.zeros((), device="cuda")
         optimizer.step()
     torch.cuda.synchronize()
     for p in found:
@@ -368,8 +376,9 @@ def test_on_a_gpu_448_tensors_are_one_launch_that_nobody_waits_for() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         optimizer.step()
         torch.cuda.synchronize()
-    kernels = [e for e in profile.events() if "emcpy" not in e.name and "emset" not in e.name and "ynchronize" not in e.name]
-    assert sum("_adamw8bit_kernel" in e.name for e in kernels) == 1 and len(kernels) <= 6, [e.name for e in kernels]
+    on_gpu = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [name for name in on_gpu if not name.startswith(("Memcpy", "Memset", "Optimizer."))]
+    assert sum("_adamw8bit_kernel" in name for name in kernels) == 1 and len(kernels) <= 6, kernels
 
 
 @pytest.mark.gpu
@@ -408,13 +417,12 @@ def test_on_a_gpu_a_recorded_step_is_the_step() -> None:
 def test_on_a_gpu_the_state_follows_to_another_device() -> None:
     found, others = params(), params()
     one, two = AdamW8bit(found, lr=0.1), AdamW8bit(others, lr=0.1)
-    for number in range(3):
+    for number in range(5):
         give_gradients(found, number)
         give_gradients(others, number)
         one.step()
         two.step()
-        if number == 0:
-            for p in found:
-                p.grad = None
-                p.data = p.data.cuda()
-    assert all(torch.allclose(p.cpu(), q, rtol=2e-4, atol=2e-4) for p, q in zip(found, others, strict=True))
+        for p in found:  # there and back again
+            p.grad = None
+            p.data = p.data.cuda() if number % 2 == 0 else p.data.cpu()
+    assert near(found, others, 1e-4, rate=0.1)
