@@ -1,7 +1,7 @@
 """The gpu-marked tests, a process a file: a file that breaks its GPU context, or hangs, spoils no other one's results.
 
 usage: python -m benchmarks.gpu_tests [FILE...] [--at-once 4] [--total SECONDS] [--out FOLDER]
-Without FILEs: all that name the marker. Writes tests.csv (a file a row: outcomes, seconds, the slowest test) and tests.log.
+Without FILEs: all that name the marker. Writes tests.csv (a file a row: outcomes, seconds, the slowest test) and tests-full.log.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def main() -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     wanted = given.files or files()
     alone = [file for file in wanted if Path(file).stem in ALONE]
-    with (given.out / "tests.log").open("w", encoding="utf-8") as log, ThreadPoolExecutor(given.at_once) as pool:
+    with (given.out / "tests-full.log").open("w", encoding="utf-8") as log, ThreadPoolExecutor(given.at_once) as pool:
 
         def finished() -> Iterator[Outcome]:
             yield from (run(file, until, options) for file in alone)
