@@ -89,6 +89,9 @@ def test_a_second_adapter_brings_its_own_copy() -> None:
         model.set_adapter(name)
         found.append(step(model, **batch()))
         assert binding.reasons == {}
+        copies = model.get_base_model().model.layers[0].mlp.up_proj
+        idle = copies.modules_to_save["default" if name == "second" else "second"].weight
+        assert idle.untyped_storage().nbytes() == idle.nbytes  # it holds no buffer of a group that it has left
     binding.release()
     for name, (loss, grads) in zip(("second", "default", "second"), found, strict=True):
         model.set_adapter(name)
