@@ -24,7 +24,8 @@ def parity(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """pytest over the parity tests under `root`, interpreted."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    files = [f"tests/kernels/test_{name}.py" for name in ("parity", "raw", "raw_norms", "adamw8bit", "swiglu_lora")]
+    names = ("parity", "raw", "raw_norms", "adamw8bit", "swiglu_lora", "lora_gradients")
+    files = [f"tests/kernels/test_{name}.py" for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files, *arguments]
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=400)
 
@@ -57,6 +58,14 @@ MUTANTS = [
     ("swiglu_lora", "(part * ranks + first + r)", "(part * ranks + r)"),
     ("swiglu_lora", "        XA_UP += BLOCK_N * stride_xa\n", ""),
     ("swiglu_lora", "h = (gate * _sigmoid", "h = (_sigmoid"),
+    ("lora_gradients", "r = own % chunks * BLOCK_R", "r = 0"),
+    (
+        "lora_gradients",
+        "        one = tl.where(pid >= CUTS[4][0], five, one)",
+        "        one = tl.where(pid >= CUTS[4][0], four, one)",
+    ),
+    ("lora_gradients", "        WIDE += BLOCK_N * stride_wide\n", ""),
+    ("lora_gradients", "        total += tl.load(place,", "        total -= tl.load(place,"),
     ("adamw8bit", "p * (1.0 - rate * decay)", "p * (1.0 - decay)"),
     ("adamw8bit", "probe = code + (128 >> k)", "probe = code + (64 >> k)"),
 ]
