@@ -45,7 +45,7 @@ class Stock:
         """Whether memory is saved, in the order to try: the next one where memory runs out."""
         return [True] if wanted.lean else [False, True]
 
-    def enter(self, model: Any, wanted: Wanted, lean: bool, optimizer_bytes: int) -> None:
+    def enter(self, model: Any, wanted: Wanted, lean: bool, optimizer: str) -> None:
         model.gradient_checkpointing_disable()
         if lean:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -109,7 +109,7 @@ class Unsloth(Stock):
     def modes(self, wanted: Wanted) -> list[bool]:
         return [self.lean]
 
-    def enter(self, model: Any, wanted: Wanted, lean: bool, optimizer_bytes: int) -> None:
+    def enter(self, model: Any, wanted: Wanted, lean: bool, optimizer: str) -> None:
         from unsloth import FastLanguageModel
 
         FastLanguageModel.for_training(model, use_gradient_checkpointing=lean)
@@ -132,10 +132,11 @@ class Nbkit(Stock):
     def modes(self, wanted: Wanted) -> list[bool]:
         return [wanted.save]
 
-    def enter(self, model: Any, wanted: Wanted, lean: bool, optimizer_bytes: int) -> None:
+    def enter(self, model: Any, wanted: Wanted, lean: bool, optimizer: str) -> None:
         import nbkit
         from nbkit.families import find
         from nbkit.models.layer import Keep, bind, binding_of
+        from nbkit.training.keep import tell_optimizer_bytes
 
         nbkit.patch(model, graphs=self.graphs)  # the planner decides where the row names no level
         binding = binding_of(model)
@@ -144,7 +145,7 @@ class Nbkit(Stock):
             assert family is not None
             binding = bind(model.get_base_model(), family)
         binding.checkpoint = "nbkit" if lean else None
-        binding.optimizer_bytes = optimizer_bytes
+        tell_optimizer_bytes(model, optimizer)  # as nbkit's trainer does
         if wanted.level is not None:
             binding.keep = Keep(wanted.level)
 

@@ -90,7 +90,7 @@ class Worker:
             found |= {"recorded": self.arm(arm).recorded(self.model), "note": "; ".join(tried), "peak": self.device.peak()}
             self.device.clean()
             return found
-        raise RuntimeError("; ".join(tried))
+        raise torch.cuda.OutOfMemoryError("; ".join(tried))
 
     def enter(self, name: str) -> None:
         """Bind the arm and give it a new optimizer, unless it is the one that is bound."""
@@ -98,7 +98,7 @@ class Worker:
             return
         self.leave()
         arm, wanted = self.arm(name), self.wanted
-        arm.enter(self.model, wanted, self.lean[name], {"adamw": 8}.get(self.kind, 2))
+        arm.enter(self.model, wanted, self.lean[name], self.kind)
         self.entered = name
         self.loaded = self.device.allocated()
         params = [p for p in self.model.parameters() if p.requires_grad]

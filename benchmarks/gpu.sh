@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # The gpu-marked tests and the tables, on a machine with a CUDA device. Results and logs go to $OUT (default benchmarks/results).
-# usage: benchmarks/gpu.sh tests [FILE...] | kernels | training ROW... | table | memory | first | trainer ROW... | lengths ARM,... WORKLOAD... | NAME ...
-# "table", "memory" and "first" are the tables of docs/performance.md: all arms; nbkit within limits; the first step of a process.
-# NAME runs benchmarks/bench_NAME.py. Wheels in .whl, where there are any, are installed first. A file .commit with the commit's name counts where the machine's own git is not at it; so does --commit NAME.
+# usage: benchmarks/gpu.sh tests [FILE...] | kernels | training ROW... | table | memory | checkpointing | first |
+#   trainer ROW... | lengths ARM,... WORKLOAD... | NAME ...
+# The words without rows are tables of docs/performance.md: all arms; nbkit within limits; beside transformers' own
+# checkpointing; the first step of a process. NAME runs benchmarks/bench_NAME.py. Wheels in .whl, where there are any, are
+# installed first. A file .commit with the commit's name counts where the machine's own git is not at it; so does --commit NAME.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=$(mkdir -p "${OUT:-benchmarks/results}" && cd "${OUT:-benchmarks/results}" && pwd)
@@ -32,6 +34,7 @@ case $what in
   training) run 570 120 bench_training "$@" --out "$OUT/training.csv" ;;
   table) run 575 120 bench_training "${table[@]}" --budget 150 --total 555 "$@" --out "$OUT/training.csv" ;;
   memory) run 575 80 bench_training "${memory[@]}" --arms nbkit --optimizer adamw8bit --budget 300 --total 555 "$@" --out "$OUT/training.csv" ;;
+  checkpointing) run 300 60 bench_training 8b:nf4:2x2048:save --arms stock,liger,nbkit "$@" --out "$OUT/training.csv" ;;
   first) run 300 60 bench_training "${first[@]}" --arms nbkit,stock,liger,unsloth "$@" --out "$OUT/training.csv" ;;
   lengths) run 570 60 bench_lengths "$@" --out "$OUT/lengths.csv" ;;
   *) run 570 80 "bench_$what" "$@" --out "$OUT/$what.csv" ;;
