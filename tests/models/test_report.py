@@ -56,6 +56,7 @@ FUSED = [
     {"modules_to_save": ["input_layernorm", "embed_tokens"]},
     {"modules_to_save": ["up_proj"], "target_modules": ["q_proj"]},
     {"trainable_token_indices": [5, 6]},
+    {"target_modules": [*TARGETS, "embed_tokens"]},
     {"init_lora_weights": "pissa"},
 ]
 STOCK = [
@@ -80,6 +81,17 @@ def test_adapters_that_are_not_are_named_before_the_first_step(options: dict[str
     assert line in str(report).splitlines() and str(report).count(why) == 1, str(report)
     assert not any(one.op == "layer" for one in report.bound)
     assert running.stock_reasons(model) == []  # on a CPU nothing is claimed
+
+
+def test_adapters_of_another_method_are_named() -> None:
+    from peft import IA3Config, LoHaConfig, get_peft_model
+
+    for config, why in (
+        (IA3Config(task_type="CAUSAL_LM"), "k_proj carries an adapter of peft.tuners.ia3, which is not LoRA"),
+        (LoHaConfig(r=4, target_modules=["o_proj"]), "o_proj carries an adapter of peft.tuners.loha, which is not LoRA"),
+    ):
+        report = exact(get_peft_model(tiny_model("llama"), config).train())
+        assert f"  skipped     2 x model.layers.*: {why}; its parts are bound one by one" in str(report).splitlines(), str(report)
 
 
 def test_what_comes_to_run_stock_later_is_named_then() -> None:

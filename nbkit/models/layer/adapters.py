@@ -157,7 +157,7 @@ def terms(module: nn.Module, start: int, stop: int, offset: int, name: str) -> l
     if not hasattr(module, "base_layer"):
         return []
     if not hasattr(module, "lora_A"):
-        raise Unfit(f"{name} is wrapped by {type(module).__name__}, which is not LoRA")
+        raise Unfit(f"{name} carries an adapter of {type(module).__module__.removesuffix('.layer')}, which is not LoRA")
     if module.disable_adapters or module.merged:
         return []
     found = []
