@@ -178,6 +178,7 @@ def _runs(model: Any, inputs: dict[str, Any]) -> Iterator[tuple[Measured, list[s
             for _ in range(times):
                 yield measure(model, inputs), []
         how = [f"attention {one}" for one in sorted(binding.how)]
+        how += [f"no layer was fused: {why}" for why in binding.asides]
         recorded = len(graphs.recorded) if graphs is not None else 0
         names = ", ".join(str(keep) for keep in keeps)
         how.append(f"{len(binding.bound)} fused layers; {names}; {times} steps each, {recorded} recorded as CUDA graphs")

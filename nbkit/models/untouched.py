@@ -93,15 +93,17 @@ def as_it_was(model: Any, device: torch.device) -> Iterator[None]:
 @contextmanager
 def levels_kept(binding: Any, graphs: Graphs | None) -> Iterator[None]:
     """Puts back the level that was set, and forgets the graphs that were recorded meanwhile."""
-    keep, how = binding.keep, set(binding.how)
+    keep, how, asides = binding.keep, set(binding.how), dict(binding.asides)
     known = dict(graphs.recorded) if graphs is not None else {}
     recent = list(graphs.recent) if graphs is not None else []
     binding.how.clear()
+    binding.asides.clear()
     try:
         yield
     finally:
         binding.keep = keep
         binding.how |= how
+        binding.asides = asides | binding.asides
         if graphs is not None:
             for key in [k for k in graphs.recorded if k not in known]:
                 del graphs.recorded[key]

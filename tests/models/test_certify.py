@@ -300,6 +300,19 @@ def test_layers_that_run_stock_are_in_the_certificate_once(monkeypatch: pytest.M
     ]
 
 
+def test_layers_that_stand_aside_are_in_the_certificate() -> None:
+    """The batch brings scores; steps of another kind, which a run had before, are not spoken of."""
+    model = whole(lora("llama", attn_implementation="eager"))
+    with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="autocast"):
+        model(**batch())
+    with pytest.warns(UserWarning, match="output_attentions"):
+        found = nbkit.certify(model, {**batch(), "output_attentions": True})
+    assert found.passed and [one for one in found.how if one.startswith("no layer was fused: ")] == [
+        "no layer was fused: output_attentions asks for scores that a fused layer never holds"
+    ]
+    assert len(binding_of(model).asides) == 2  # type: ignore[union-attr]
+
+
 KEPT = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "certificates"
 
 
