@@ -68,6 +68,8 @@ MUTANTS = [
     ("lora_gradients", "        total += tl.load(place,", "        total -= tl.load(place,"),
     ("adamw8bit", "p * (1.0 - rate * decay)", "p * (1.0 - decay)"),
     ("adamw8bit", "probe = code + (128 >> k)", "probe = code + (64 >> k)"),
+    ("adamw8bit", "block = first + block", "block = first + 0 * block"),
+    ("adamw8bit", "tl.load(STEPS + k)", "tl.load(STEPS)"),
 ]
 
 
