@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nbkit.kernels import Case, adamw8bit, add_rms_norm, lora_border, lora_products, nf4, qk_norm_rope
 
-from nbkit.kernels import swiglu, swiglu_lora  # isort: skip
+from nbkit.kernels import lora_gradients, swiglu, swiglu_lora  # isort: skip
 
 HELD: dict[Any, Any] = {}
 Inputs = dict[str, Any]
@@ -85,6 +85,29 @@ def mlp_then_products(dh: Tensor, gate: Tensor, up: Tensor, u: Tensor, xa: Tenso
     return [buffer, d, da, db_gate, db_up]
 
 
+def gradients(thin: Tensor, wide: Tensor, spans: Any, scale: float) -> Tensor:
+    """One launch, into float32."""
+    flat, _, run, tensors = held((id(thin), "gradients"), lambda: gradient_parts(thin, wide, spans, scale))
+    run(*tensors)
+    return flat
+
+
+def gradients_one_by_one(thin: Tensor, wide: Tensor, spans: Any, scale: float) -> Tensor:
+    """The same in cuBLAS's products."""
+    flat, parts, *_ = held((id(thin), "gradients"), lambda: gradient_parts(thin, wide, spans, scale))
+    for p in parts:
+        lora_gradients.accumulate(p)
+    return flat
+
+
+def gradient_parts(thin: Tensor, wide: Tensor, spans: Any, scale: float) -> tuple[Any, ...]:
+    """(all gradients in float32, the products, what launches them, the tensors it takes)."""
+    flat = torch.empty(sum((r[1] - r[0]) * (c[1] - c[0]) for r, c, _ in spans), dtype=torch.float32, device=thin.device)
+    parts = lora_gradients.products_of(thin, wide, flat, spans, scale)
+    run = lora_gradients.prepared_products([p.turned for p in parts], [p.scale for p in parts])
+    return flat, parts, run, [t for p in parts for t in (p.thin, p.wide, p.out)]
+
+
 # -- what else would be used -----------------------------------------------------------------------
 
 
@@ -109,6 +132,7 @@ TIMED: dict[str, Callable[..., Any]] = {
     "adamw8bit": adamw8bit_in_place,
     "add_rms_norm": add_rms_norm.add_rms_norm,
     "lora_border": borders,
+    "lora_gradients": gradients,
     "lora_products": lambda x, a, b, y: lora_products.lora_out_(y, lora_products.lora_in(x, a), b),
     "qk_norm_rope": qk_norm_rope.qk_norm_rope,
     "swiglu_lora": mlp_with_lora,
@@ -117,6 +141,7 @@ BASELINES: dict[str, Callable[..., Any]] = {
     "adamw8bit": adamw_of_torch,
     "add_rms_norm": add_rms_norm.reference,
     "lora_border": partial(borders, one_by_one=True),
+    "lora_gradients": gradients_one_by_one,
     "lora_products": lambda x, a, b, y: y.addmm_(x @ a.t(), b.t()),
     "nf4_gemv": dequantise_and_multiply,
     "qk_norm_rope": qk_norm_rope.reference,

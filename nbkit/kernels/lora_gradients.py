@@ -164,7 +164,8 @@ def plan_of(rank: int, columns: int, processors: int) -> Plan:
     """For the highest of the ranks and all columns together, on a GPU of so many multiprocessors."""
     block_r = min(max(power_of_two(rank), BLOCK_RS[0]), BLOCK_RS[1])
     block_c = 128 if columns >= 2 * 128 * processors else 64 if columns >= 0.75 * 64 * processors else 32
-    return Plan(block_r, 64, block_c if block_r < 64 else min(block_c, 64), 4, 4 if block_r < 64 else 3)
+    block_c = min(block_c, 64) if block_r == 64 else block_c
+    return Plan(block_r, 64, block_c, 4, 3 if block_r + block_c > 96 else 5)  # 48 KB of shared memory, so that all GPUs have it
 
 
 _Kind = tuple[Any, ...]  # of a product: all but addresses, as `_kind` gives it
@@ -256,8 +257,8 @@ def thin_products(products: Sequence[Product], add: bool = False) -> None:
         for p in products:
             thin_products((p,), add)
     elif launch is None or not fits(x, 1):
-        for thin, wide, out, turned, scale in products:
-            _accumulate(out, wide if turned else thin, thin if turned else wide, scale, add)
+        for p in products:
+            accumulate(p, add)
     elif launch.programs:
         n, cuts, programs, plan, rest, scales = launch
         thins, wides, outs, _, given = zip(*products, strict=True)
@@ -266,6 +267,12 @@ def thin_products(products: Sequence[Product], add: bool = False) -> None:
                 *thins, *rest, *wides, *rest, *outs, *rest, *map(float, given), *scales, n, CUTS=cuts, ADD=add,
                 BLOCK_R=plan.block_r, BLOCK_N=plan.block_n, BLOCK_C=plan.block_c, num_warps=plan.warps, num_stages=plan.stages
             )  # fmt: skip
+
+
+def accumulate(p: Product, add: bool = False) -> None:
+    """One product by torch's GEMM; from 16 bits into float32, on a GPU, without a rounding between."""
+    left, right = (p.wide, p.thin) if p.turned else (p.thin, p.wide)
+    _accumulate(p.out, left, right, p.scale, add)
 
 
 def prepared_products(turned: Sequence[bool], scales: Sequence[float], add: bool = False) -> Prepared:
