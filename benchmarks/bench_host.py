@@ -23,7 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nbkit.families import find
-from nbkit.kernels import _launch, lora_border, swiglu_lora
+from nbkit.kernels import _launch, lora_border, lora_gradients, swiglu_lora
 from nbkit.models import attention
 from nbkit.models.layer import Keep, ops
 from nbkit.models.layer import bind as bind_layers
@@ -37,7 +37,7 @@ def launch_nothing() -> None:
     hooks = SimpleNamespace(launch_enter_hook=None, launch_exit_hook=None)
     _launch._driver = lambda: (lambda: -1, lambda device: 0, hooks)
     _launch.runs_on = lora_border.runs_on = lambda device: True
-    ops.fits = swiglu_lora.fits = lambda *_: True
+    ops.fits = swiglu_lora.fits = lora_gradients.fits = lambda *_: True
 
     def make(self: Any, key: Any, grid: Any, args: Any, constants: Any) -> None:
         fixed = self.jit.arg_names[len(args) :]

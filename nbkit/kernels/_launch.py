@@ -17,6 +17,7 @@ from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 try:
     import triton
@@ -141,8 +142,8 @@ class Prepared:
 
     Checks and the choice of a grid cost as much as a launch itself. The caller answers for the tensors being alike;
     `strides_of` are the places of those whose strides it cannot know, which are compared each time. What `fn` returns is lost.
-    `own`: `fn` makes tensors that nothing but its launches write; the next calls use them again. Without it, a call that gives
-    a launch a tensor of its own making goes through `fn` every time, and so does one that launches nothing.
+    `own`: it makes tensors that nothing but its launches write; the next calls use them again. Without it, a call that gives a
+    launch a tensor of its own making goes through `fn` every time, and so does one that computes with torch or launches nothing.
     """
 
     def __init__(self, fn: Callable[..., Any], strides_of: tuple[int, ...] = (), own: bool = False) -> None:
@@ -178,9 +179,13 @@ class Prepared:
         self.left -= 1
         seen = _SEEN[get_ident()] = []
         try:
-            self.fn(*tensors)
+            with _Work() as work:
+                self.fn(*tensors)
         finally:
             del _SEEN[get_ident()]
+        if work.there:
+            self.left = 0
+            return
         if not seen or not all(seen):  # nothing was launched, or something was compiled
             return
         ready = [self._ready(tensors, *launch) for launch in seen]
@@ -208,6 +213,18 @@ class Prepared:
             else:
                 return None
         return _Ready(found, (*grid, 1, 1)[:3], slots, passed, kept)
+
+
+class _Work(TorchDispatchMode):
+    """Notes whether torch computes anything within: more than memory that is taken and views that are made."""
+
+    there = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        schema = func._schema
+        view = not schema.is_mutable and any(one.alias_info is not None for one in schema.returns)
+        self.there |= not view and not schema.name.startswith(("aten::empty", "aten::new_empty"))
+        return func(*args, **(kwargs or {}))
 
 
 class _Ready(NamedTuple):

@@ -319,7 +319,12 @@ def test_what_cannot_be_prepared_is_called_in_full_each_time(fake: _launch.Launc
         calls.append(1)
         fake[(3,)](x, x.clone(), 5, 0.5, ADD=True, BLOCK=8)
 
-    for function in (nothing, copies):
+    def computes(x: torch.Tensor) -> None:
+        calls.append(1)
+        fake[(3,)](x, x, 5, 0.5, ADD=True, BLOCK=8)
+        x[8:].add_(1)
+
+    for function in (nothing, copies, computes):
         calls.clear()
         run = _launch.Prepared(function)
         for _ in range(6):
@@ -333,7 +338,7 @@ def test_several_launches_parts_of_a_tensor_and_tensors_of_its_own(fake: _launch
 
     def fn(x: torch.Tensor, y: torch.Tensor) -> None:
         calls.append(1)
-        made.append(torch.zeros(64))
+        made.append(torch.empty(64))
         fake[(3,)](y[:, 8:], made[-1], 5, 0.5, ADD=True, BLOCK=8)
         fake[(2,)](made[-1], x, 5, 0.5, ADD=True, BLOCK=8)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nbkit.kernels._launch import Prepared
+from nbkit.kernels.lora_gradients import prepared_products
 from nbkit.models.layer import ops
 from nbkit.models.layer.parts import Parts
 from nbkit.models.layer.weights import Group, round_up
@@ -92,10 +93,8 @@ class Stream:
     def __init__(self, rows: Tensor, layout: Layout) -> None:
         d, (_, o, _, down) = layout.dims[0], layout.ranks
         self.x = rows[:, :d]
-        self.x_t = self.x.t()
         self.down, self.down_xa = rows[:, : d + down], rows[:, d : d + down]
         self.o, self.o_xa = rows[:, : d + o], rows[:, d : d + o]
-        self.down_xa_t, self.o_xa_t = self.down_xa.t(), self.o_xa.t()
 
 
 class Room:
@@ -117,20 +116,26 @@ class Room:
         self.dgu = border(n, 2 * f, r_gate_up, layout)
         self.dgate, self.dup = self.dgu.all[:, :f], self.dgu.all[:, f : 2 * f]
         self.dqkv = border(n, (h + 2 * g) * k, r_qkv, layout)
-        self.dgu_xa_t, self.dqkv_xa_t = self.dgu.xa.t(), self.dqkv.xa.t()
-        # The rows of dy^T that make each term's dB.
-        self.product = product_of(layout)
-        eps = layout.norms[0]
-        norm = partial(_norm, eps)
+        # The columns of dy that make each term's dB.
+        self.dqkv_parts = [self.dqkv.all[:, s.start : s.stop] for s in layout.spans[0]]
+        self.dgu_parts = [self.dgu.all[:, s.start : s.stop] for s in layout.spans[2]]
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """The kernels for this shape; LoRA's gradients in two launches, before the second norm's backward and after."""
+        layout = self.layout
+        r_down = layout.ranks[3]
+        norm = partial(_norm, layout.norms[0])
         self.norm1, self.norm2 = Prepared(norm), Prepared(norm)
         self.norm1_back, self.norm2_back = Prepared(_norm_back), Prepared(_norm_back)
         self.rope = Prepared(ops.rope_rotate_)
+        qkv, o, gate_up, down = layout.spans
+        self.fused = len(down) < 2 and len({s.start for s in gate_up}) == len(gate_up)
         self.swiglu = Prepared(ops.swiglu_lora_forward, own=True) if r_down else Prepared(ops.swiglu_forward)
-        self.fused = len(layout.spans[3]) < 2 and len({s.start for s in layout.spans[2]}) == len(layout.spans[2])
         self.swiglu_back = Prepared(_fused_back(layout), own=True) if self.fused else Prepared(_swiglu_back)
         self.pack = Prepared(ops.rotate_pack, strides_of=(0, 1, 2))
-        self.dqkv_t = [self.dqkv.all[:, s.start : s.stop].t() for s in layout.spans[0]]
-        self.dgu_t = [self.dgu.all[:, s.start : s.stop].t() for s in layout.spans[2]]
+        self.of_mlp = _products([] if self.fused else down, down, gate_up, [] if self.fused else gate_up)
+        self.of_attention = _products(o, o, qkv, qkv)
 
     def lend(self, ctx: Any, layers: int) -> Slabs:
         """Slabs for the node `ctx`: those of the last step of this shape, once its backward is through; else new ones."""
@@ -182,13 +187,14 @@ def _fused_back(layout: Layout) -> Callable[..., Any]:
     return back
 
 
-def product_of(layout: Layout) -> Callable[[Tensor, Tensor, Tensor, float], Any]:
-    """out = alpha a @ b for LoRA's gradients, in the dtype of its parameters, the sums in float32."""
-    if layout.trained in (None, layout.dtype):
-        return lambda out, a, b, alpha: torch.addmm(out, a, b, beta=0.0, alpha=alpha, out=out)
-    if layout.device.type == "cuda" and layout.trained == torch.float32:
-        return lambda out, a, b, alpha: torch.addmm(out, a, b, beta=0.0, alpha=alpha, out_dtype=torch.float32, out=out)
-    return lambda out, a, b, alpha: torch.mul(torch.mm(a.to(out.dtype), b.to(out.dtype)), alpha, out=out)
+def _products(*groups: Sequence[Span]) -> Prepared:
+    """dA and dB of one group and then of another, each empty where it is not wanted: dA of all terms at once, then dB of each."""
+    turned: list[bool] = []
+    scales: list[float] = []
+    for da, db in (groups[:2], groups[2:]):
+        turned += [False] * bool(da) + [True] * len(db)
+        scales += [1.0] * bool(da) + [s.scale for s in db]
+    return prepared_products(turned, scales)
 
 
 class Slabs:

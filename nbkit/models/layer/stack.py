@@ -45,8 +45,9 @@ def forward(call: Stack, x: Tensor, cos: Tensor, sin: Tensor, kept: Slabs) -> tu
     y = torch.empty_like(x)
     for i, p in enumerate(call.parts):
         w_qkv, w_o, w_gate_up, w_down = p.qkv.views(), p.o.views(), p.gate_up.views(), p.down.views()
+        norm1, norm2 = _weights(p)
         mid, xa_o = kept.mid[i], kept.xa_o[i]
-        room.norm1(x, p.norms[0].weight, h1.x[i], kept.rstd1[i])
+        room.norm1(x, norm1, h1.x[i], kept.rstd1[i])
         _project(h1.all[i], h1.x[i], h1.xa[i], w_qkv, p.qkv.bias, kept.qkv[i])
         room.rope(kept.turned[i], cos, sin)
         out, state, numbers = attention.forward(call.hows[i], kept.q[i], kept.k[i], kept.v[i], None)
@@ -58,7 +59,7 @@ def forward(call: Stack, x: Tensor, cos: Tensor, sin: Tensor, kept: Slabs) -> tu
             mid.addmm_(xa_o, w_o.b_t)
         if p.o.bias is not None:
             mid.add_(p.o.bias)
-        room.norm2(mid, p.norms[1].weight, h2.x[i], kept.rstd2[i])
+        room.norm2(mid, norm2, h2.x[i], kept.rstd2[i])
         _project(h2.all[i], h2.x[i], h2.xa[i], w_gate_up, p.gate_up.bias, kept.gate_up[i])
         if w_down.a is None:
             room.swiglu(kept.gate[i], kept.up[i], hidden.x)
@@ -68,6 +69,11 @@ def forward(call: Stack, x: Tensor, cos: Tensor, sin: Tensor, kept: Slabs) -> tu
         if p.down.bias is not None:
             x.add_(p.down.bias)
     return y, attended
+
+
+def _weights(p: Parts) -> tuple[Any, Any]:
+    """Of the two norms, past `nn.Module.__getattr__`."""
+    return p.norms[0]._parameters["weight"], p.norms[1]._parameters["weight"]
 
 
 def _project(rows: Tensor, x: Tensor, xa: Tensor, weight: Any, bias: Tensor | None, out: Tensor) -> None:
@@ -98,6 +104,7 @@ def backward(
     for i in reversed(range(len(call.parts))):
         p = call.parts[i]
         w_down, w_gate_up, w_o, w_qkv = p.down.views(), p.gate_up.views(), p.o.views(), p.qkv.views()
+        norm1, norm2 = _weights(p)
         if w_down.b is not None:
             mm(g.x, w_down.b, out=g.down_xa)
         dh = mm(g.down, w_down.back, out=room.dh)
@@ -106,41 +113,42 @@ def backward(
             room.swiglu_back(dh, kept.gate[i], kept.up[i], g.down_xa, kept.h_gate_up.xa[i], room.dgate, room.dup, *ends)
         else:
             room.swiglu_back(dh, kept.gate[i], kept.up[i], room.dgate, room.dup)  # dh holds h from here on
-        _lora(room, sums, 3, i, None if room.fused else g.down_xa_t, dh, (g.x_t,), kept)
         if w_gate_up.b is not None:
             mm(dgu.x, w_gate_up.b, out=dgu.xa)
         d_norm = mm(dgu.all, w_gate_up.back, out=room.d_norm)
-        _lora(room, sums, 2, i, room.dgu_xa_t, kept.h_gate_up.x[i], () if room.fused else room.dgu_t, kept)
+        down = _products(sums, kept, 3, i, g.down_xa, None if room.fused else dh, [g.x] * len(sums.db[3]))
+        gate_up = _products(sums, kept, 2, i, dgu.xa, kept.h_gate_up.x[i], [] if room.fused else room.dgu_parts)
+        room.of_mlp(*down, *gate_up)
         back = room.norm2_back if g is room.g else room.norm2_back.fn
-        back(d_norm, kept.mid[i], p.norms[1].weight, kept.rstd2[i], g.x, room.g.x)
+        back(d_norm, kept.mid[i], norm2, kept.rstd2[i], g.x, room.g.x)
         g = room.g
         if w_o.b is not None:
             mm(g.x, w_o.b, out=g.o_xa)
         mm(g.o, w_o.back, out=room.do)
         out, state, numbers = attended[i]
-        _lora(room, sums, 1, i, g.o_xa_t, out, (g.x_t,), kept)
-        out = out.view(heads).transpose(1, 2)
-        grads = attention.backward(call.hows[i], room.do_heads, kept.q[i], kept.k[i], kept.v[i], out, None, state, numbers)
+        by_head = out.view(heads).transpose(1, 2)
+        grads = attention.backward(call.hows[i], room.do_heads, kept.q[i], kept.k[i], kept.v[i], by_head, None, state, numbers)
         room.pack(*grads, cos, sin, dqkv.all)
         if w_qkv.b is not None:
             mm(dqkv.x, w_qkv.b, out=dqkv.xa)
-        _lora(room, sums, 0, i, room.dqkv_xa_t, kept.h_qkv.x[i], room.dqkv_t, kept)
+        o = _products(sums, kept, 1, i, g.o_xa, out, [g.x] * len(sums.db[1]))
+        room.of_attention(*o, *_products(sums, kept, 0, i, dqkv.xa, kept.h_qkv.x[i], room.dqkv_parts))
         if i:
             d_norm = mm(dqkv.all, w_qkv.back, out=room.d_norm)
-            room.norm1_back(d_norm, kept.y[i - 1], p.norms[0].weight, kept.rstd1[i], g.x, g.x)
+            room.norm1_back(d_norm, kept.y[i - 1], norm1, kept.rstd1[i], g.x, g.x)
         elif dx is not None:
             d_norm = mm(dqkv.all, w_qkv.back, out=room.d_norm)
-            room.norm1_back.fn(d_norm, x, p.norms[0].weight, kept.rstd1[i], g.x, dx)
+            room.norm1_back.fn(d_norm, x, norm1, kept.rstd1[i], g.x, dx)
     return dx, sums.out()
 
 
-def _lora(room: Room, sums: Sums, which: int, layer: int, da_t: Tensor | None, x: Tensor, dy_t: Any, kept: Slabs) -> None:
-    """dA of all terms of group `which` and dB of each: (dy scale B)^T x, scale dy^T (x A^T); where its left side is given."""
-    spans = room.spans[which]
-    if spans and da_t is not None:
-        room.product(sums.da[which][layer], da_t, x, 1.0)
-    for span, out, rows, xa in zip(spans, sums.db[which], dy_t, kept.terms[which], strict=False):
-        room.product(out[layer], rows, xa[layer], span.scale)
+def _products(sums: Sums, kept: Slabs, which: int, layer: int, dyb: Tensor, x: Tensor | None, dy: list[Tensor]) -> list[Tensor]:
+    """Thin, wide and out of LoRA's gradients in group `which`: dA = (dy scale B)^T x of all terms, where x is given; and of each
+    dB = scale dy^T (x A^T), as far as there are columns of dy."""
+    found = [dyb, x, sums.da[which][layer]] if x is not None and sums.db[which] else []
+    for out, wide, xa in zip(sums.db[which], dy, kept.terms[which], strict=False):
+        found += xa[layer], wide, out[layer]
+    return found
 
 
 class StackFunction(torch.autograd.Function):
@@ -173,7 +181,9 @@ class StackFunction(torch.autograd.Function):
             at += 1 + count
         for p, used in zip(call.parts, ctx.used, strict=True):
             p.use(used)
-        g = ctx.gradient_rows.receive(dy, x.shape[0] * x.shape[1], call.layout.dims[0] + max(call.layout.ranks[1::2]))
+        g = ctx.gradient_rows.receive(dy, call.batch * call.tokens, width := call.layout.dims[0] + max(call.layout.ranks[1::2]))
+        if g.stride(0) != width:  # launches are prepared for rows as the room's
+            g = torch.empty(g.shape[0], width, dtype=g.dtype, device=g.device).copy_(g[:, :width])
         with torch.autocast(x.device.type, enabled=False), on_device(x):
             dx, grads = backward(call, Stream(g, call.layout), as_rows(x), cos, sin, kept, attended, ctx.needs_input_grad[0])
         wanted = ctx.needs_input_grad[5:]

@@ -249,7 +249,10 @@ class Group:
 
     def views(self) -> Views:
         """`weight()` by its parts; the views are made once for each place that it lies in."""
-        weight, held = self.weight(), self._views
+        held = self._views
+        if held is not None and held.weight is self.buffer:
+            return held
+        weight = self.weight()
         if held is None or held.weight is not weight:
             held = self._views = Views.of(weight, self.outputs, self.inputs, self.rank)
         return held

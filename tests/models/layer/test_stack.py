@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import nbkit
-from nbkit.kernels import _launch, swiglu_lora
+from nbkit.kernels import _launch, lora_gradients, swiglu_lora
 from nbkit.models.layer import ops, room, stack
 from tests.models.layer.rig import batch, fill, lora, step, worst
 from tests.models.layer.test_layer import FAMILIES, bound
@@ -293,6 +293,7 @@ def test_prepared_launches_are_those_that_the_functions_would_make(monkeypatch):
     monkeypatch.setattr(_launch, "runs_on", lambda device: True)
     monkeypatch.setattr(ops, "fits", lambda *_: True)
     monkeypatch.setattr(swiglu_lora, "fits", lambda *_: True)
+    monkeypatch.setattr(lora_gradients, "fits", lambda *_: True)
 
     def make(self, key, grid, args, constants):
         fixed = self.jit.arg_names[len(args) :]
@@ -331,5 +332,5 @@ def test_prepared_launches_are_those_that_the_functions_would_make(monkeypatch):
             loss.backward()
         all_of = vars(binding.stacks.room).values()
         sites = [one for one in all_of if isinstance(one, _launch.Prepared)]
-        assert len(sites) == 8 and set(sites) == set(checked)
+        assert len(sites) == 10 and set(sites) == set(checked)
     binding.release()
