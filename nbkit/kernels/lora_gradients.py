@@ -7,7 +7,8 @@ Each is too small to fill a GPU, and cuBLAS gives it two launches: one that spli
 Here the products lie side by side: a program owns some columns of one of them and walks down all rows, the thin matrix on the
 left, with the sums (R, columns) in registers. So every wide matrix is read once, sums are float32 and in a fixed order: the same
 inputs give the same bits. What tells a program which product it works for is known when it is compiled, except for addresses,
-the number of rows and the scales, so few arguments are passed and a launch costs the host little.
+the number of rows and the scales, so few arguments are passed and a launch costs the host little; each layout of a layer (widths,
+row strides, ranks) is compiled once, in a quarter of a second.
 Shapes: thin (N, R), wide (N, C), out (R, C) or (C, R), all with stride 1 along the last dimension and any row stride. 16 bits,
 GPUs with tensor cores for them (capability 8.0); the same function takes everything else through torch's GEMMs.
 """
@@ -90,7 +91,7 @@ def _lora_gradients_kernel(
     total = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     for start in range(0, N, BLOCK_N):
         row_ok = start + line < N
-        here = (r < rank)[:, None] & row_ok[None, :]  # loaded as thin^T: under tl.trans Ampere's loads would not run ahead
+        here = (r < rank)[:, None] & row_ok[None, :]  # as thin^T: under tl.trans it would go through registers
         thin_t = tl.load(THIN + (r[:, None] + line[None, :] * stride_thin), mask=here, other=0.0)
         here = row_ok[:, None] & (col < columns)[None, :]
         wide = tl.load(WIDE + (line[:, None] * stride_wide + col[None, :]), mask=here, other=0.0)
