@@ -203,6 +203,8 @@ class Stacks:
         self.layout: Layout | None = None  # None: layers differ, or train more than LoRA
         self.weights = 0  # of a layer
         self.params: list[Tensor] = []
+        self.kinds: list[tuple[Any, ...]] = []  # what attention goes by, by layer
+        self.firsts: list[tuple[int, tuple[Any, ...]]] = []  # the first layer of each kind
         self.room: Room | None = None  # of the last shape
         self.ahead: Tensor | None = None  # the last layer's output, in a forward whose first layer has run them all
 
@@ -243,10 +245,11 @@ class Stacks:
             return False
         if len(binding.bound) != binding.decoder.config.num_hidden_layers:
             return False
-        keeps = {binding.keep_of(one.parts.index) for one in binding.bound}
-        return not any(keep.level or keep.tile for keep in keeps) and not any(
-            self._watched(one.parts.layer) for one in binding.bound
-        )
+        for one in binding.bound:
+            keep = binding.keep_of(one.parts.index)
+            if keep.level or keep.tile or self._watched(one.parts.layer):
+                return False
+        return True
 
     def run(self, call: Stack, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The last layer's output."""
@@ -261,15 +264,14 @@ class Stacks:
         self.layout, self.version = layout, self.binding.version
         self.weights = sum(g.inputs * g.outputs for g in bound[0].parts.groups)
         self.params = [p for one in bound for p in one.params]
+        self.kinds = [(one.parts.window, one.parts.scale, one.parts.softcap) for one in bound]
+        self.firsts = [(self.kinds.index(kind), kind) for kind in dict.fromkeys(self.kinds)]
 
     def _attends(self, x: Tensor) -> list[attention.Attend]:
         """How each layer attends; layers that are alike are asked about once."""
-        found: dict[tuple[Any, ...], attention.Attend] = {}
-        kinds = [(one.parts.window, one.parts.scale, one.parts.softcap) for one in self.binding.bound]
-        for kind, one in zip(kinds, self.binding.bound, strict=True):
-            if kind not in found:
-                found[kind] = attend(self.binding, one.parts, x, None, self.binding.documents)
-        return [found[kind] for kind in kinds]
+        binding = self.binding
+        found = {kind: attend(binding, binding.bound[index].parts, x, None, binding.documents) for index, kind in self.firsts}
+        return [found[kind] for kind in self.kinds]
 
     def _watched(self, layer: Any) -> bool:
         """Whether somebody wants to see this very layer: a hook, or a forward of another library around the bound one."""
