@@ -25,6 +25,7 @@ from nbkit.kernels.linear_cross_entropy import linear_cross_entropy
 from nbkit.kernels.rms_norm import rms_norm
 from nbkit.kernels.rope import rope
 from nbkit.kernels.swiglu import swiglu
+from nbkit.models.asked import MARK as ASKED
 from nbkit.models.graphs import Pack
 from nbkit.models.layer.adapters import OURS, base_of
 from nbkit.models.layer.bind import LAST, causal_only
@@ -76,6 +77,9 @@ def _norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     facts = family.norm
     binding = vars(self).get(LAST)
     if binding is not None and hidden_states.requires_grad and torch.is_grad_enabled() and binding.bound:
+        asked = vars(self).get(ASKED)
+        if asked is not None:
+            asked.step(hidden_states)
         return FinalNorm.apply(hidden_states, self.weight, getattr(self, facts.eps), binding.rows, binding.width)
     return rms_norm(hidden_states, self.weight, getattr(self, facts.eps), offset=facts.offset, cast=facts.cast)
 
@@ -212,8 +216,8 @@ def _recorded(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """This step's (loss, hidden states) from a recorded graph, or None if it has to run eagerly."""
     graphs = vars(model).get(GRAPHS)
-    if graphs is None or not model.training or not torch.is_grad_enabled():
-        return None
+    if graphs is None or graphs.binding is None or not model.training or not torch.is_grad_enabled():
+        return None  # of a copied model the binding is None: it has no fused layers
     pack = _pack(inputs, kwargs)
     taken = PLAIN | (PACKED if pack is not None else set())
     more = sorted(name for name, value in (inputs | kwargs).items() if value is not None and name not in taken)

@@ -18,13 +18,15 @@ from torch import nn
 from nbkit.errors import ModelError
 from nbkit.families import Family, find
 from nbkit.kernels._launch import launch_note, runs_on
+from nbkit.models.asked import MARK as ASKED
+from nbkit.models.asked import UNASKED, Asked, unasked
 from nbkit.models.checkpointing import set_checkpointing
 from nbkit.models.forwards import GRAPHS, MARK, bind, head_of, is_bound, plain_head, unbind
 from nbkit.models.graphs import Graphs
 from nbkit.models.layer import bind as bind_whole
 from nbkit.models.layer import binding_of
 from nbkit.models.obstacles import mixed_devices, stock_reason, weight_format
-from nbkit.models.running import UNASKED, numbers
+from nbkit.models.running import numbers
 
 TITLES = {
     "layer": "whole decoder layer, one node with a hand-written backward",
@@ -152,7 +154,7 @@ def _chosen(base: Any, told: set[str]) -> list[str]:
     if binding.how:
         lines += [f"  attention     {'; '.join(sorted(binding.how))}"]
         lines += [f"  memory        {binding.planner.plan}"] if binding.planner.plan is not None else []
-        lines += [f"  graphs        {UNASKED if graphs.note == Graphs.note else graphs.note}"] if graphs is not None else []
+        lines += [f"  graphs        {UNASKED if unasked(graphs) else graphs.note}"] if graphs is not None else []
     reasons: dict[str, list[int]] = {}
     for index, why in binding.reasons.items():
         reasons.setdefault(why, []).append(index)
@@ -175,6 +177,7 @@ def unpatch(model: Any) -> None:
     if binding is not None:
         binding.release()
     for module in base.modules():
+        vars(module).pop(ASKED, None)
         unbind(module)
 
 
@@ -202,10 +205,12 @@ def _bind_whole_layers(base: Any, family: Family, graphs: bool) -> list[Bound | 
     found: list[Bound | Skipped] = [Bound(f"{path}.{index}", "layer") for index in fused]
     found += [Skipped(f"{path}.{index}", _said(why)) for index, why in reasons.items()]
     if plain_head(head_of(base, family)) is None and graphs:
-        vars(base)[GRAPHS] = Graphs(base, family, binding)
+        vars(base)[GRAPHS] = graphs_of_model = Graphs(base, family, binding)
+        vars(base.get_submodule(family.decoder.final_norm))[ASKED] = Asked(graphs_of_model)
         found.append(Bound("", "graphs"))
     else:
         vars(base).pop(GRAPHS, None)
+        vars(base.get_submodule(family.decoder.final_norm)).pop(ASKED, None)
     return found
 
 

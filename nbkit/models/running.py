@@ -5,14 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from nbkit.families import find
+from nbkit.models.asked import UNASKED, unasked
 from nbkit.models.forwards import GRAPHS
 from nbkit.models.layer import binding_of
 from nbkit.models.obstacles import stock_reason
-
-UNASKED = (
-    "no step was recorded, since its loss was computed outside the model's own head, as TRL's SFTTrainer and DPOTrainer do; "
-    "nbkit's own trainer and model(..., labels=...) can record"
-)
 
 
 def stock_reasons(model: Any) -> list[str]:
@@ -48,7 +44,7 @@ def recorded(model: Any) -> str | None:
     graphs = vars(_base(model)).get(GRAPHS)
     if graphs is None:
         return None
-    return f"CUDA graphs: {UNASKED if graphs.note == type(graphs).note else graphs.note}."
+    return f"CUDA graphs: {UNASKED if unasked(graphs) else graphs.note}."
 
 
 def _base(model: Any) -> Any:

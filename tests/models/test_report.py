@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import nbkit
 from nbkit.errors import ConfigError
 from nbkit.models import patch as room
 from nbkit.models import running
+from nbkit.models.graphs import Graphs
 from nbkit.models.layer import binding_of
 from tests.closeness import assert_all_like_stock, assert_like_stock
 from tests.models.layer.rig import TARGETS, batch, fill, lora, step
@@ -132,6 +135,48 @@ def test_steps_that_are_not_recorded_say_why() -> None:
     step(model, **batch())
     assert graphs().endswith("the tokens are not on the GPU")
     assert not any(one.op == "graphs" for one in nbkit.patch(adapted(), graphs=False).bound)
+
+
+def own_loss(model: Any) -> None:
+    logits = model(input_ids=batch()["input_ids"]).logits
+    nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch()["labels"][:, 1:].flatten()).backward()
+
+
+def test_steps_that_could_have_been_recorded_are_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As TRL's SFTTrainer takes them on a GPU."""
+    monkeypatch.setattr(Graphs, "fits", lambda self, ids: ids.shape == (3, 19))
+    model = adapted()
+    nbkit.patch(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for _ in range(3):
+            own_loss(model)
+    with pytest.warns(UserWarning, match="Slower than it could be: no step was recorded, since its loss was computed outside"):
+        own_loss(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        own_loss(model)
+        copy.deepcopy(model)(**batch()).loss.backward()
+        nbkit.unpatch(model)
+        own_loss(model)
+    assert not any("_nbkit_asked" in vars(module) for module in model.modules())
+
+
+def test_steps_that_are_asked_for_or_could_not_be_recorded_are_not_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = adapted()
+        report = nbkit.patch(model)  # not on a GPU
+        for _ in range(6):
+            own_loss(model)
+        assert "graphs        the tokens are not on the GPU" in str(report)
+        monkeypatch.setattr(Graphs, "fits", lambda self, ids: True)
+        monkeypatch.setattr(Graphs, "record_if_due", lambda self, *args: setattr(self, "note", "asked"))
+        model = adapted()
+        nbkit.patch(model)
+        step(model, **batch())
+        for _ in range(6):
+            own_loss(model)
 
 
 def test_another_librarys_forward_and_hooks() -> None:
