@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nbkit.kernels._gemm import accumulate
 from nbkit.kernels._launch import Prepared, capability_of, cdiv, jit, kernel, on_device, power_of_two, tl, use_triton
 from nbkit.kernels._op import Case, KernelOp
-from nbkit.kernels.swiglu_lora import MIN_CAPABILITY, _accumulate, _processors
+from nbkit.kernels.swiglu_lora import MIN_CAPABILITY, _processors
 
 MOST = 6  # products of a launch
 MAX_RANK = 256
@@ -259,7 +260,7 @@ def thin_products(products: Sequence[Product], add: bool = False) -> None:
             thin_products((p,), add)
     elif launch is None or not fits(x, 1):
         for p in products:
-            accumulate(p, add)
+            one_product(p, add)
     elif launch.programs:
         n, cuts, programs, plan, rest, scales = launch
         thins, wides, outs, _, given = zip(*products, strict=True)
@@ -270,10 +271,10 @@ def thin_products(products: Sequence[Product], add: bool = False) -> None:
             )  # fmt: skip
 
 
-def accumulate(p: Product, add: bool = False) -> None:
+def one_product(p: Product, add: bool = False) -> None:
     """One product by torch's GEMM; from 16 bits into float32, on a GPU, without a rounding between."""
     left, right = (p.wide, p.thin) if p.turned else (p.thin, p.wide)
-    _accumulate(p.out, left, right, p.scale, add)
+    accumulate(p.out, left.t(), right, p.scale, add)
 
 
 def prepared_products(turned: Sequence[bool], scales: Sequence[float], add: bool = False) -> Prepared:

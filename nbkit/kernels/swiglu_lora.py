@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nbkit.kernels._gemm import accumulate
 from nbkit.kernels._launch import (
     INTERPRETED,
     capability_of,
@@ -344,9 +345,11 @@ def swiglu_lora_backward(
     xa_gate, xa_up = xa[:, :gate_rank], xa[:, gate_rank:]
     if n == 0 or not fits(gate, rd, rg, ru):
         swiglu_backward(dh, gate, up, dgate, dup, h=None if da is None else dh)  # dh holds h by now
-        _accumulate(da, u[:, :rd], dh, 1.0, add)
-        _accumulate(db_gate, dgate, xa_gate[:, :rg], scales[0], add)
-        _accumulate(db_up, dup, xa_up[:, :ru], scales[1], add)
+        for out, left, right, scale in (
+            (da, u[:, :rd], dh, 1.0), (db_gate, dgate, xa_gate[:, :rg], scales[0]), (db_up, dup, xa_up[:, :ru], scales[1])
+        ):  # fmt: skip
+            if out is not None:
+                accumulate(out, left.t(), right, scale, add)
         return dgate, dup
     plan, block_r = backward_plan(n, f, max(rd, rg, ru), _processors(gate.device)), _block_r(max(rd, rg, ru))
     part = torch.empty(plan.parts, rd + rg + ru, f, dtype=torch.float32, device=gate.device)
@@ -386,19 +389,6 @@ def _check_ranks(rd: int, rg: int, ru: int, down: int, gate: int, up: int) -> No
             f"da of rank {rd}, db_gate of {rg} and db_up of {ru} need as many columns of u, of which there are {down}, "
             f"and of xa, which has {gate} for gate and {up} for up."
         )
-
-
-def _accumulate(out: Tensor | None, left: Tensor, b: Tensor, alpha: float, add: bool) -> None:
-    """out = alpha left^T b (+ out where `add`); left and b in 16 bits sum into a float32 out without a rounding between."""
-    if out is None:
-        return
-    a, beta = left.t(), 1.0 if add else 0.0
-    if out.dtype == a.dtype:
-        torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
-    elif out.is_cuda and out.dtype == torch.float32:
-        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=beta, alpha=alpha, out=out)
-    else:
-        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha, out=out)
 
 
 # -- op --------------------------------------------------------------------------------------------

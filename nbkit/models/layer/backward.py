@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nbkit.kernels._gemm import accumulate
 from nbkit.models import attention
 from nbkit.models.layer import ops
 from nbkit.models.layer.forward import Call, Kept, attend, border, empty, gates, heads, middle, normed, queries_keys_values
@@ -22,7 +23,6 @@ from nbkit.models.layer.side import beside
 from nbkit.models.layer.weights import Group
 
 EARLY = 64 * 2**20  # bytes of a layer input up to which the next one is fetched at once: longer copies hide behind less work
-aten = torch.ops.aten
 
 
 class Gradients:
@@ -45,18 +45,23 @@ class Gradients:
         dtype = like.dtype if self.tiles == 1 else torch.promote_types(like.dtype, torch.float32)
         return torch.empty(shape or like.shape, dtype=dtype, device=like.device)
 
-    def add(self, dy: Tensor, x: Tensor | None, xa: Tensor | None) -> None:
-        """dy (n, O + R) with its border filled, x (n, I), xa (n, R) = x A^T. Without x dA is there already, without xa dB."""
-        o = self.group.outputs
+    def products(self, dy: Tensor, x: Tensor | None, xa: Tensor | None) -> list[ops.Product]:
+        """dA = (dy scale B)^T x, dB = scale dy^T (x A^T) of one tile."""
+        o, found = self.group.outputs, []
         if self.da is not None and x is not None:
-            accumulate(self.da, dy[:, o : o + self.group.rank].t(), x, 1.0, self.first)
+            found.append(ops.Product(dy[:, o : o + self.group.rank], x, self.da))
         if xa is not None:
             for out, t in zip(self.db, self.group.terms, strict=True):
-                accumulate(out, dy[:, t.start : t.stop].t(), xa[:, t.offset : t.offset + t.rank], t.scale, self.first)
+                thin = xa[:, t.offset : t.offset + t.rank]
+                found.append(ops.Product(thin, dy[:, t.start : t.stop], out, turned=True, scale=t.scale))
+        return found
+
+    def add_own(self, dy: Tensor, x: Tensor | None) -> None:
+        """dW = dy^T x and db of the linears that train themselves. The tile is done with."""
         for (dw, db), own in zip(self.own, self.group.own, strict=True):
             part = dy[:, own.start : own.stop]
             if dw is not None and x is not None:
-                accumulate(dw, part.t(), x, 1.0, self.first)
+                accumulate(dw, part.t(), x, 1.0, not self.first)
             if db is not None:
                 total = part.sum(0, dtype=ops.wide(db.dtype))
                 db.copy_(total) if self.first else db.add_(total)
@@ -91,17 +96,16 @@ class NormGradients:
         return [s.to(n.weight.dtype) for s, n in zip(self.sums, self.parts.norms, strict=True) if s is not None]
 
 
-def accumulate(out: Tensor, a: Tensor, b: Tensor, alpha: float, first: bool) -> None:
-    """out = alpha a @ b (+ out unless `first`); a and b in 16 bits may sum into a float32 out without a rounding between."""
-    beta = 0.0 if first else 1.0
-    if out.dtype == a.dtype:
-        torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
-    elif out.is_cuda and out.dtype == torch.float32:
-        aten.addmm.dtype_out(out, a, b, out.dtype, beta=beta, alpha=alpha, out=out)
-    elif first:
-        torch.mul(torch.mm(a.to(out.dtype), b.to(out.dtype)), alpha, out=out)
-    else:
-        out.addmm_(a.to(out.dtype), b.to(out.dtype), alpha=alpha)
+# One tile of one group: its sums, dy (n, O + R) with its border filled, x (n, I), xa (n, R) = x A^T. Without x dA is there
+# already, without xa dB.
+Tile = tuple[Gradients, Tensor, Tensor | None, Tensor | None]
+
+
+def add(*tile: Tile) -> None:
+    """Add one tile of some groups to their sums, all their LoRA products in one launch."""
+    ops.thin_products([p for sums, dy, x, xa in tile for p in sums.products(dy, x, xa)], add=not tile[0][0].first)
+    for sums, dy, x, _ in tile:
+        sums.add_own(dy, x)
 
 
 def fill_border(dy: Tensor, group: Group, weight: Tensor) -> Tensor:
@@ -136,9 +140,12 @@ def run(
     if out is None:
         out, state = attend(call, qkv, mask)
     g_mid = g if lean else torch.empty_like(g)
+    last: list[Tile] = []  # o's products, where they can wait for q, k and v's
     for t in tiles:
-        _mlp_and_o(call, t, g[t], g_mid[t], x, out, kept, sums, norms)
-    o_done = side.mark() if side is not None else None  # it reads g_mid, which is written last
+        last = [_mlp_and_o(call, t, g[t], g_mid[t], x, out, kept, sums, norms)]
+        if lean or len(tiles) > 1:
+            add(*last)
+            last = []
     attention_backward = _attention_by_heads if lean else _attention
     dqkv = attention_backward(call, g_mid, qkv, out, cos, sin, mask, state)
     del qkv, out, state
@@ -149,15 +156,16 @@ def run(
     fill_border(dqkv, p.qkv, w_qkv)
     for t in tiles:
         h, xa = (empty(x, t.stop - t.start, p.d), xa_qkv[t]) if kept.h_qkv is None else split(kept.h_qkv, p.d)
-        with beside(side, dqkv, h, x, xa):
+        with beside(side, dqkv, h, x, xa, *(held for _, *tensors in last for held in tensors)):
             if kept.h_qkv is None:
                 normed(p, 0, x[t], h)
-            sums["qkv"].add(dqkv[t], h, xa)
+            add(*last, (sums["qkv"], dqkv[t], h, xa))
+        g_read = side.mark() if side is not None else None  # g_mid, which is written last
         if need_dx:
             # Where h has been read by now, its memory takes dh.
             dh = input_gradient(dqkv[t], p.qkv, w_qkv, out=h if side is None and kept.h_qkv is None else None)
-            if side is not None and o_done is not None:
-                side.wait(o_done)
+            if side is not None and g_read is not None:
+                side.wait(g_read)
             norms.back(0, dh, x[t], kept.rstd1[t], g_mid[t, : p.d])
     if side is not None:
         side.join()
@@ -179,8 +187,11 @@ def _mlp_and_o(
     kept: Kept,
     sums: dict[str, Gradients],
     norms: NormGradients,
-) -> None:
-    """One tile of rows: back through the MLP and its norm into g_mid, the gradient of x_mid; what down, gate/up and o train."""
+) -> Tile:
+    """One tile of rows: back through the MLP and its norm into g_mid, the gradient of x_mid; what down and gate/up train.
+
+    Returns what o trains, for `add`.
+    """
     n, p, side = t.stop - t.start, call.parts, call.side
     if kept.mid is None:
         mid, xa_o = empty(x, n, p.d), empty(x, n, p.o.rank)
@@ -204,23 +215,24 @@ def _mlp_and_o(
     dgu = border(2 * p.f, p.gate_up, n, x)
     xa_down = kept.xa_down[t] if kept.xa_down is not None else None
     fused = xa_down is not None and _activation_and_lora(p, dy, dh, gate_up, xa, dgu, sums)
+    of_down: list[Tile] = [(sums["down"], dy, None, xa_down)]
     if not fused:
         ops.swiglu_backward(dh, gate_up[:, : p.f], gate_up[:, p.f :], dgu[:, : p.f], dgu[:, p.f : 2 * p.f], h=dh)
         # dh holds h by now
         xa_down = lora_products(dh, p.down, w_down) if xa_down is None else xa_down
-    with beside(side, g, dh, xa_down):
-        sums["down"].add(dy, None if fused else dh, xa_down)
+        with beside(side, g, dh, xa_down):
+            add((sums["down"], dy, dh, xa_down))
+        of_down = []
     del dh, gate_up
     fill_border(dgu, p.gate_up, w_gate_up)
-    with beside(side, dgu, h, xa, mid):
+    with beside(side, g, dgu, h, xa, mid, xa_down):
         if again:
             normed(p, 1, mid, h)
-        sums["gate_up"].add(dgu, h, None if fused else xa)
+        add(*of_down, (sums["gate_up"], dgu, h, None if fused else xa))
     d_norm = input_gradient(dgu, p.gate_up, w_gate_up)
     norms.back(1, d_norm, mid, kept.rstd2[t], g[:, : p.d], g_mid[:, : p.d])
     dy = fill_border(g_mid, p.o, p.o.weight())
-    with beside(side, g_mid, out, xa_o):
-        sums["o"].add(dy, out[t], xa_o)
+    return sums["o"], dy, out[t], xa_o
 
 
 def _activation_and_lora(

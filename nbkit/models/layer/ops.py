@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from nbkit.kernels.lora_gradients import Product, thin_products
 from nbkit.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from nbkit.kernels.rope import rope_rotate_
 from nbkit.kernels.rope_pack import rotate_pack
@@ -11,6 +12,7 @@ from nbkit.kernels.swiglu import swiglu_backward, swiglu_forward
 from nbkit.kernels.swiglu_lora import fits, swiglu_lora_backward, swiglu_lora_forward
 
 __all__ = [
+    "Product",
     "fits",
     "rms_norm_backward",
     "rms_norm_forward",
@@ -20,6 +22,7 @@ __all__ = [
     "swiglu_forward",
     "swiglu_lora_backward",
     "swiglu_lora_forward",
+    "thin_products",
     "wide",
 ]
 
