@@ -82,7 +82,9 @@ def build(layers: int, one_by_one: bool) -> Any:
     adapter = LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM")
     model = get_peft_model(model.requires_grad_(False), adapter).train()
     nbkit.patch(model, graphs=False)
-    binding = bind_layers(model.get_base_model(), find("llama"))
+    family = find("llama")
+    assert family is not None
+    binding = bind_layers(model.get_base_model(), family)
     binding.keep = Keep(0, normed=True)
     if one_by_one:
         binding.bound[0].parts.layer.register_forward_hook(lambda *_: None)

@@ -260,6 +260,7 @@ class Graphs:
         flat = torch.empty(sum(p.numel() for p in params), dtype=params[0].dtype, device=device)
         graph = torch.cuda.CUDAGraph()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
+        self.binding.stacks.drop()  # the buffers of eager steps
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()  # the graph has memory of its own: what the eager steps left would lie idle beside it
         # Other threads (a data loader's pinning, a panel) may use the GPU meanwhile; only this thread's stream is recorded.

@@ -88,3 +88,25 @@ def test_memory_comes_back():
     binding.stacks.drop()
     assert torch.cuda.memory_allocated() - before <= 2**20
     binding.release()
+
+
+def test_a_recorded_step_needs_no_buffers_of_eager_ones():
+    import nbkit
+    from nbkit.models.forwards import GRAPHS
+    from nbkit.models.layer import binding_of
+
+    model = lora_on_gpu(dtype=torch.bfloat16)
+    nbkit.patch(model)
+    binding = binding_of(model)
+    inputs, other = on_gpu(tokens=64, seed=1), on_gpu(tokens=40, seed=2)
+    eager = step(model, **inputs)
+    assert binding.stacks.room is not None
+    for _ in range(3):
+        recorded = step(model, **inputs)
+    assert vars(model.get_base_model())[GRAPHS].recorded, vars(model.get_base_model())[GRAPHS].note
+    assert binding.stacks.room is None and worst(recorded[1], eager[1])[0] <= 3e-2
+    between = step(model, **other)  # an eager step of another shape, and the recorded one again
+    assert binding.stacks.room is not None and between[0] > 0
+    again = step(model, **inputs)
+    assert worst(again[1], recorded[1])[0] <= 3e-2
+    nbkit.unpatch(model)
