@@ -66,9 +66,6 @@ def working(level: int, rows: int, s: Sizes, tile: int | None = None) -> int:
     mlp = (3 if level < 1 else 5) * s.intermediate + 4 * s.hidden  # dh, dgate, dup (gate, up again); h, g, g_mid, dh
     attention = 2 * s.qkv + 2 * s.heads * s.head + 3 * s.hidden  # dq, dk, dv and packed; dout; x's gradients
     again = (s.qkv if level >= 2 else 0) + (s.heads * s.head if level >= 4 else 0) + (s.hidden if level >= 3 else 0)
-    # At level 0 LoRA's gradients are made on a second stream, which holds what it reads until the layer's backward is over.
-    if level == 0 and tile is None:
-        return rows * s.size * (mlp + attention)
     return s.size * (max(min(tile or rows, rows) * mlp, rows * attention) + rows * again)
 
 

@@ -19,7 +19,6 @@ from nbkit.models import attention
 from nbkit.models.layer import ops
 from nbkit.models.layer.forward import Call, Kept, attend, border, empty, gates, heads, middle, normed, queries_keys_values
 from nbkit.models.layer.parts import Parts
-from nbkit.models.layer.side import beside
 from nbkit.models.layer.weights import Group
 
 EARLY = 64 * 2**20  # bytes of a layer input up to which the next one is fetched at once: longer copies hide behind less work
@@ -126,7 +125,7 @@ def run(
     call: Call, g: Tensor, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, kept: Kept, need_dx: bool
 ) -> tuple[Tensor | None, list[Tensor]]:
     """g (N, D + R) -> (N, D + R) rows whose first D columns are dx (None unless `need_dx`), and the LoRA gradients."""
-    p, n, lean, side = call.parts, call.rows, call.keep.in_place, call.side
+    p, n, lean = call.parts, call.rows, call.keep.in_place
     tiles = call.keep.tiles(n)
     sums = {group.name: Gradients(group, len(tiles)) for group in p.groups}
     norms = NormGradients(p)
@@ -156,19 +155,13 @@ def run(
     fill_border(dqkv, p.qkv, w_qkv)
     for t in tiles:
         h, xa = (empty(x, t.stop - t.start, p.d), xa_qkv[t]) if kept.h_qkv is None else split(kept.h_qkv, p.d)
-        with beside(side, dqkv, h, x, xa, *(held for _, *tensors in last for held in tensors)):
-            if kept.h_qkv is None:
-                normed(p, 0, x[t], h)
-            add(*last, (sums["qkv"], dqkv[t], h, xa))
-        g_read = side.mark() if side is not None else None  # g_mid, which is written last
+        if kept.h_qkv is None:
+            normed(p, 0, x[t], h)
+        add(*last, (sums["qkv"], dqkv[t], h, xa))
         if need_dx:
             # Where h has been read by now, its memory takes dh.
-            dh = input_gradient(dqkv[t], p.qkv, w_qkv, out=h if side is None and kept.h_qkv is None else None)
-            if side is not None and g_read is not None:
-                side.wait(g_read)
+            dh = input_gradient(dqkv[t], p.qkv, w_qkv, out=h if kept.h_qkv is None else None)
             norms.back(0, dh, x[t], kept.rstd1[t], g_mid[t, : p.d])
-    if side is not None:
-        side.join()
     return (g_mid if need_dx else None), [d for group in p.groups for d in sums[group.name].out()] + norms.out()
 
 
@@ -192,7 +185,7 @@ def _mlp_and_o(
 
     Returns what o trains, for `add`.
     """
-    n, p, side = t.stop - t.start, call.parts, call.side
+    n, p = t.stop - t.start, call.parts
     if kept.mid is None:
         mid, xa_o = empty(x, n, p.d), empty(x, n, p.o.rank)
         middle(p, x[t], out[t], p.o.weight(), mid, xa_o)
@@ -220,15 +213,13 @@ def _mlp_and_o(
         ops.swiglu_backward(dh, gate_up[:, : p.f], gate_up[:, p.f :], dgu[:, : p.f], dgu[:, p.f : 2 * p.f], h=dh)
         # dh holds h by now
         xa_down = lora_products(dh, p.down, w_down) if xa_down is None else xa_down
-        with beside(side, g, dh, xa_down):
-            add((sums["down"], dy, dh, xa_down))
+        add((sums["down"], dy, dh, xa_down))
         of_down = []
     del dh, gate_up
     fill_border(dgu, p.gate_up, w_gate_up)
-    with beside(side, g, dgu, h, xa, mid, xa_down):
-        if again:
-            normed(p, 1, mid, h)
-        add(*of_down, (sums["gate_up"], dgu, h, None if fused else xa))
+    if again:
+        normed(p, 1, mid, h)
+    add(*of_down, (sums["gate_up"], dgu, h, None if fused else xa))
     d_norm = input_gradient(dgu, p.gate_up, w_gate_up)
     norms.back(1, d_norm, mid, kept.rstd2[t], g[:, : p.d], g_mid[:, : p.d])
     dy = fill_border(g_mid, p.o, p.o.weight())

@@ -25,7 +25,6 @@ from nbkit.models.layer.inputs import autocast_differs as autocast_differs
 from nbkit.models.layer.keep import Keep
 from nbkit.models.layer.offload import Host
 from nbkit.models.layer.parts import Parts
-from nbkit.models.layer.side import FEWEST, Side
 from nbkit.models.layer.stack import Stacks, attend
 from nbkit.models.layer.weights import Scratch
 
@@ -59,7 +58,6 @@ class Binding:
         self.checkpoint: bool | str | None = None
         self.optimizer_bytes: float = 8  # of state for a LoRA parameter: float32 Adam, unless a trainer says otherwise
         self.host: Host | None = None  # made when a plan first asks for host RAM
-        self.side: Side | None = None  # the second stream, made when a layer first uses it
         self.recording = False  # a step is being recorded as a CUDA graph
         self.stacks = Stacks(self, forward)
         self.norm: nn.Module | None = None  # after the last layer
@@ -211,16 +209,6 @@ class Binding:
             self.host = Host(self.bound[0].parts.qkv.device)
         return self.host
 
-    def second_stream(self, parts: Parts, keep: Keep, rows: int) -> Side | None:
-        """The stream beside the layer's own, where one is worth it: memory is free and the host does not set the pace."""
-        if parts.qkv.device.type != "cuda" or rows < FEWEST or keep.level or keep.tile:
-            return None
-        if self.recording or any(group.own for group in parts.groups):
-            return None  # in a graph the branches gain nothing
-        if self.side is None:
-            self.side = Side(parts.qkv.device)
-        return self.side
-
     @contextmanager
     def stand_ins(self, leaves: list[Tensor]) -> Iterator[None]:
         """Within: the layers take `leaves`, one for each LoRA parameter in order, in place of the parameters themselves."""
@@ -371,7 +359,7 @@ def forward(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | Non
     how = attend(binding, parts, hidden_states, mask, binding.documents if causal else None)
     keep = binding.keep_of(parts.index)
     parcel = binding.memory_of_host().parcel() if keep.offload else None
-    call = Call(parts, keep, how, b, t, [], parcel, binding.second_stream(parts, keep, b * t))
+    call = Call(parts, keep, how, b, t, [], parcel)
     return LayerFunction.apply(hidden_states, cos, sin, mask, call, binding.rows, *bound.params)
 
 

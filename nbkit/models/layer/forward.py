@@ -18,7 +18,6 @@ from nbkit.models.layer import ops
 from nbkit.models.layer.keep import Keep
 from nbkit.models.layer.offload import Parcel
 from nbkit.models.layer.parts import Parts
-from nbkit.models.layer.side import Side, beside
 from nbkit.models.layer.weights import Group
 
 
@@ -52,7 +51,6 @@ class Call:
     tokens: int
     numbers: list[Any]
     parcel: Parcel | None = None  # takes x, out and x_mid to host RAM where `keep.offload` says so
-    side: Side | None = None  # takes what the layer does not wait for; with one tile and without `in_place` only
 
     @property
     def rows(self) -> int:
@@ -124,22 +122,12 @@ def attend(call: Call, qkv: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[
     return out.transpose(1, 2).reshape(call.rows, -1), kept
 
 
-def middle(p: Parts, x: Tensor, out: Tensor, weight: Tensor, mid: Tensor, xa: Tensor, side: Side | None = None) -> None:
-    """mid = x + out Wo^T + LoRA, xa = out A^T. `out` comes from attention and has no room for a border: LoRA is a second pass.
-
-    With `side`, x is mid itself: it holds the residual as soon as what `side` was given before is done.
-    """
+def middle(p: Parts, x: Tensor, out: Tensor, weight: Tensor, mid: Tensor, xa: Tensor) -> None:
+    """mid = x + out Wo^T + LoRA, xa = out A^T. `out` comes from attention and has no room for a border: LoRA is a second pass."""
     i, o, r = p.o.inputs, p.o.outputs, p.o.rank
-    copied = side.mark() if side is not None else None
-    if r:
-        with beside(side, out, xa):
-            torch.mm(out, weight[o : o + r, :i].t(), out=xa)
-    if side is not None and copied is not None:
-        side.wait(copied)
     torch.addmm(x, out, weight[:o, :i].t(), out=mid)
     if r:
-        if side is not None:
-            side.wait(side.mark())
+        torch.mm(out, weight[o : o + r, :i].t(), out=xa)
         mid.addmm_(xa, weight[:o, i : i + r].t())
     if p.o.bias is not None:
         mid.add_(p.o.bias)
@@ -159,7 +147,7 @@ def empty(like: Tensor, rows: int, columns: int) -> Tensor:
 
 def run(call: Call, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> tuple[Tensor, Kept]:
     """y (N, D) and what `call.keep` says is kept. x (N, D) contiguous rows."""
-    p, keep, n, side = call.parts, call.keep, call.rows, call.side
+    p, keep, n = call.parts, call.keep, call.rows
     stats = torch.empty(2, n, dtype=ops.wide(x.dtype), device=x.device)
     kept = Kept(stats[0], stats[1])
     if not keep.in_place or n * p.down.rank * x.element_size() <= SMALL:
@@ -168,9 +156,6 @@ def run(call: Call, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) ->
         kept.mid, kept.xa_o = empty(x, n, p.d), empty(x, n, p.o.rank)
     if call.parcel is not None:
         call.parcel.send("x", x)
-    if side is not None and kept.mid is not None:
-        with side.beside(x, kept.mid):
-            kept.mid.copy_(x)  # for the GEMM that adds to it
     qkv, xa_qkv = queries_keys_values(call, x, cos, sin, kept.rstd1, whole=keep.normed)
     out, state = attend(call, qkv, mask)
     if keep.normed:
@@ -191,8 +176,6 @@ def run(call: Call, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) ->
     weights = p.o.weight(), p.gate_up.weight(), p.down.weight()
     for t in keep.tiles(n):
         _o_and_mlp(call, t, x[t], out[t], y[t], kept, weights)
-    if side is not None:
-        side.join()
     if call.parcel is not None:
         if kept.mid is not None:
             call.parcel.send("mid", kept.mid)
@@ -205,16 +188,11 @@ def _o_and_mlp(
     call: Call, t: slice, x: Tensor, out: Tensor, y: Tensor, kept: Kept, weights: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     """One tile of rows: o_proj, the norm and the MLP into y, and what is kept of them."""
-    p, rows, side = call.parts, t.stop - t.start, call.side
+    p, rows = call.parts, t.stop - t.start
     w_o, w_gate_up, w_down = weights
     mid = kept.mid[t] if kept.mid is not None else y  # y is written last, from mid: the same memory serves both
     xa_o = kept.xa_o[t] if kept.xa_o is not None else empty(x, rows, p.o.rank)
-    middle(p, x if side is None else mid, out, w_o, mid, xa_o, side)
-    residual = mid
-    if side is not None:
-        with side.beside(mid, y):
-            residual = y.copy_(mid)
-        copied = side.mark()
+    middle(p, x, out, w_o, mid, xa_o)
     gate_up = kept.gate_up[t] if kept.gate_up is not None else empty(x, rows, 2 * p.f)
     h = gates(p, mid, kept.rstd2[t], w_gate_up, gate_up)
     if call.keep.normed:
@@ -224,9 +202,7 @@ def _o_and_mlp(
     del h
     hidden = border(p.f, p.down, rows, x)
     activate(p, gate_up, w_down, hidden, kept.xa_down[t] if kept.xa_down is not None else None)
-    if side is not None:
-        side.wait(copied)
-    project(hidden, p.down, w_down, out=y, residual=residual, filled=True)
+    project(hidden, p.down, w_down, out=y, residual=mid, filled=True)
 
 
 def activate(p: Parts, gate_up: Tensor, weight: Tensor, hidden: Tensor, xa: Tensor | None) -> None:

@@ -37,8 +37,11 @@ def test_the_same_as_one_by_one(family, dtype, four_bit, monkeypatch):
         loss, grads = step(model, **inputs)
         want, truth = one_by_one(model, inputs)
         assert abs(loss - want) <= 2e-3 * abs(want)
-        error, name = worst(grads, truth)
-        assert error <= (1e-4 if dtype == torch.float32 else 3e-2), name
+        # With one or two tokens q and k get nothing but rounding: it is small beside what the others get.
+        floor = 1e-3 * max(float(t.norm()) for t in truth.values())
+        for name, t in truth.items():
+            error = float((grads[name] - t).norm()) / max(float(t.norm()), floor)
+            assert error <= (1e-4 if dtype == torch.float32 else 3e-2), f"{tokens} tokens, {name}: {error:.1e}"
         fill(model, seed)  # other adapters in the next step
     assert len(runs) == 10 and binding.reasons == {}
     binding.release()
