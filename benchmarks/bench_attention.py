@@ -6,8 +6,9 @@ A row is one kind (nbkit/models/attention.py) on one task: T tokens in a row (ro
 without a sliding window, a softcap, packed documents of 512 tokens on average. ms are medians over a few calls by CUDA events;
 TFLOP/s count the scores that may be seen, 4 K each forward and 10 K backward. MiB is what forward and backward take at their
 peak beyond q, k, v and the gradient of out. "first" is the seconds of the first forward and backward, compilation included.
-A kind that cannot do a task, or fails, says so in its row and ends nothing; none is begun after --seconds. "tells" marks the
-fastest of each task. Last, what `choose` costs the host.
+"apart" is how far out or a gradient lies at most from those of the task's first kind, relative to their norm; a result that is
+not finite is a failure. A kind that cannot do a task, or fails, says so in its row and ends nothing; none is begun after
+--seconds. "tells" marks the fastest of each task. Last, what `choose` costs the host.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from benchmarks._results import ROOT, append, stamp
 from nbkit.models.attention import Attend, Documents, Shapes, backward, choose, forward
@@ -27,7 +29,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "attention.csv"
 AVERAGE = 512  # tokens of a packed document
 PLAIN_UP_TO = 8192  # tokens; the formulas in float32 take seconds beyond
 COLUMNS = (("task", 34), ("kind", 20), ("forward_ms", 10), ("backward_ms", 11), ("forward_tflops", 14), ("backward_tflops", 15),
-           ("mib", 7), ("first_s", 7), ("tells", 0))  # fmt: skip
+           ("mib", 7), ("first_s", 7), ("apart", 8), ("tells", 0))  # fmt: skip
 
 
 class Task(NamedTuple):
@@ -94,7 +96,16 @@ def measured(call: Any, seconds: float = 0.15) -> float:
     return sorted(found)[len(found) // 2]
 
 
-def row(task: Task, kind: str, heads: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Any]:
+def apart(mine: list[Tensor], right: list[Tensor]) -> float:
+    """The largest relative distance of a tensor to its like. Raises: RuntimeError where one holds NaN or infinity."""
+    for name, x in zip(("out", "dq", "dk", "dv"), mine, strict=True):
+        if not x.isfinite().all():
+            raise RuntimeError(f"{name} is not finite")
+    return max(float((x.float() - y.float()).norm() / y.float().norm()) for x, y in zip(mine, right, strict=True))
+
+
+def row(task: Task, kind: str, heads: tuple[int, int, int], dtype: torch.dtype, right: list[Tensor]) -> dict[str, Any]:
+    """One line of the table; `right` holds out, dq, dk, dv of the task's first kind, or nothing yet: then it gets these."""
     h, g, k = heads
     rows = 1 if task.packed else max(1, 4096 // task.tokens)
     make = torch.Generator(device="cuda").manual_seed(0)
@@ -108,11 +119,15 @@ def row(task: Task, kind: str, heads: tuple[int, int, int], dtype: torch.dtype) 
     out, kept, numbers = forward(how, q, key, v, None)
     if kind == "flex" and not numbers:
         raise RuntimeError("FlexAttention gave way to the formulas")
-    backward(how, do, q, key, v, out, None, kept, numbers)
+    found = [out, *backward(how, do, q, key, v, out, None, kept, numbers)]
     torch.cuda.synchronize()
     first = time.monotonic() - begun
+    distance = apart(found, right or found)
+    if not right:
+        right.extend(x.clone() for x in found)
+    del found
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() - sum(t.numel() * t.element_size() for t in (out, *kept))
+    before = torch.cuda.memory_allocated() - sum(t.numel() * t.element_size() for t in (out, *kept) if t is not None)
     there = measured(lambda: forward(how, q, key, v, None))
     back = measured(lambda: backward(how, do, q, key, v, out, None, kept, numbers))
     peak = torch.cuda.max_memory_allocated() - before
@@ -120,6 +135,7 @@ def row(task: Task, kind: str, heads: tuple[int, int, int], dtype: torch.dtype) 
     return {
         "forward_ms": round(there, 3), "backward_ms": round(back, 3), "forward_tflops": round(4e-9 * flops / there, 1),
         "backward_tflops": round(1e-8 * flops / back, 1), "mib": round(peak / 2**20), "first_s": round(first, 2),
+        "apart": f"{distance:.1e}",
     }  # fmt: skip
 
 
@@ -157,13 +173,14 @@ def main() -> int:
     failed = False
     for task in TASKS:
         found: list[dict[str, Any]] = []
+        right: list[Tensor] = []
         for kind in task.kinds():
             one: dict[str, Any] = {"task": str(task), "kind": kind}
             if time.monotonic() - start > given.seconds:
                 found.append(one | {"tells": "no time"})
                 continue
             try:
-                one |= row(task, kind, (h, g, k), getattr(torch, given.dtype))
+                one |= row(task, kind, (h, g, k), getattr(torch, given.dtype), right)
             except Exception as error:  # one implementation that fails is a result
                 one["tells"] = f"FAILED {str(error).splitlines()[0] if str(error) else type(error).__name__}"[:120]
                 failed = True

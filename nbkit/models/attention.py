@@ -10,6 +10,8 @@ runs is decided by capability, dtype, head width, mask, window and softcap, and 
     flex        a softcap on the scores, Ampere and newer (attention_flex.py)
     plain       everything else: CPU, float32 and wider, a softcap with a mask; formulas, a tile at a time (attention_plain.py)
 
+Windows stay with flash: flex takes 0.8 of its time at T = 8,192, but 4 s or more to compile in the first step (docs/log.md).
+
 flex and plain repeat bit for bit. The others sum some gradients in the order in which blocks finish, unless
 `torch.use_deterministic_algorithms(True)` is set: then flash and efficient repeat too, and cuDNN is not taken.
 """
