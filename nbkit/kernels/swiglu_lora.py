@@ -345,11 +345,7 @@ def swiglu_lora_backward(
     xa_gate, xa_up = xa[:, :gate_rank], xa[:, gate_rank:]
     if n == 0 or not fits(gate, rd, rg, ru):
         swiglu_backward(dh, gate, up, dgate, dup, h=None if da is None else dh)  # dh holds h by now
-        for out, left, right, scale in (
-            (da, u[:, :rd], dh, 1.0), (db_gate, dgate, xa_gate[:, :rg], scales[0]), (db_up, dup, xa_up[:, :ru], scales[1])
-        ):  # fmt: skip
-            if out is not None:
-                accumulate(out, left.t(), right, scale, add)
+        _products((da, u, dh, 1.0), (db_gate, dgate, xa_gate[:, :rg], scales[0]), (db_up, dup, xa_up[:, :ru], scales[1]), add=add)
         return dgate, dup
     plan, block_r = backward_plan(n, f, max(rd, rg, ru), _processors(gate.device)), _block_r(max(rd, rg, ru))
     part = torch.empty(plan.parts, rd + rg + ru, f, dtype=torch.float32, device=gate.device)
@@ -366,6 +362,13 @@ def swiglu_lora_backward(
             BLOCK_R=block_r, BLOCK_F=64, num_warps=4
         )  # fmt: skip
     return dgate, dup
+
+
+def _products(*products: tuple[Tensor | None, Tensor, Tensor, float], add: bool) -> None:
+    """out = scale left^T right of each (out, left, right, scale) whose out is wanted; left may have columns to spare."""
+    for out, left, right, scale in products:
+        if out is not None:
+            accumulate(out, left[:, : out.shape[0]].t(), right, scale, add)
 
 
 def _block_r(rank: int) -> int:
