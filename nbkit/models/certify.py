@@ -37,7 +37,7 @@ from nbkit.models.graphs import EAGER_FIRST
 from nbkit.models.layer import Keep, binding_of
 from nbkit.models.layer import bind as bind_layers
 from nbkit.models.layer.keep import LEVELS
-from nbkit.models.patch import PatchReport, base_model, patch
+from nbkit.models.patch import PatchReport, base_model, patch, unpatch
 from nbkit.models.surroundings import about_machine, commit, versions
 from nbkit.models.untouched import as_it_was, levels_kept, ready, stock, training_mode
 
@@ -151,13 +151,13 @@ def _float32_leg(model: Any, inputs: dict[str, Any], found: _Findings) -> Measur
     with training_mode(copy):
         truth = measure(copy, there)
         patch(copy)
-        if (
-            binding_of(base) is not None and family is not None
-        ):  # also on a CPU, where patch leaves the layers to whoever binds them
+        # Also on a CPU, where patch leaves the layers to whoever binds them.
+        if binding_of(base) is not None and family is not None:
             bind_layers(base_model(copy), family)
         rows: list[Row] = []
         for ours, _ in _runs(copy, there):
             rows += _against_stock(copy, there, ours, truth, "float32 against stock")
+        unpatch(copy)  # what is bound refers to the layers and they to it: the copy would outlive this until it is collected
     found.rows += worst_of(rows)
     return truth
 

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from nbkit.families import Family
-from nbkit.kernels import Case, KernelOp, all_ops
+from nbkit.kernels import Case, KernelOp, all_ops, lora_gradients, swiglu_lora
 from nbkit.kernels._launch import runs_on
 from nbkit.models.certificate import Row
 from nbkit.models.closeness import Gap, by_element
 from nbkit.models.forwards import shaping
 from nbkit.models.layer import binding_of
+from nbkit.models.layer.adapters import Term
+from nbkit.models.layer.parts import Parts
 from nbkit.models.patch import PatchReport
 
 SEED = 11
@@ -51,22 +53,46 @@ def kernel_rows(
 
 
 def launched(name: str, base: Any, bound: set[str]) -> bool:
-    """Whether a training step of the model uses the op; ops that no bound forward calls are none of its own."""
+    """Whether a training step of the model launches the op; ops that no bound forward calls are none of its own."""
+    layers = fused_layers(base)
     binding = binding_of(base)
-    fused = binding is not None
-    bordered = binding is not None and any(not g.nf4 or g.copied for b in binding.bound for g in b.parts.groups)
-    nf4 = any(type(module).__name__ == "Linear4bit" for module in base.modules())
-    lora = any(hasattr(module, "lora_A") for module in base.modules())
+    apart = binding is None or len(layers) < base.config.num_hidden_layers  # some layers run part by part
+    bordered = any(group.terms and (group.copied or not group.nf4) for p in layers for group in p.groups)
+    mlps = {one for p in layers for one in activations(p)}
     used = {
-        "rms_norm": "rms_norm" in bound or fused,
-        "rope": "rope" in bound or fused,
-        "swiglu": "swiglu" in bound or fused,
+        "rms_norm": "rms_norm" in bound or bool(layers),
+        "rope": "rope" in bound and apart or bool(layers),
+        "swiglu": "swiglu" in bound and apart or "swiglu" in mlps,
+        "swiglu_lora": "swiglu_lora" in mlps,
+        "lora_gradients": any(lora_gradients.fits(_like(p), t.rank) for p in layers for group in p.groups for t in group.terms),
         "linear_cross_entropy": "linear_cross_entropy" in bound,
-        "rope_pack": fused,
-        "lora_border": bordered and lora,  # packed weights get their border as they are dequantised
-        "nf4": fused and nf4,
+        "rope_pack": bool(layers),
+        "lora_border": bordered,  # packed weights get their border as they are dequantised
+        "nf4": any(group.nf4 for p in layers for group in p.groups),
     }
     return used.get(name, False)
+
+
+def fused_layers(base: Any) -> list[Parts]:
+    """The layers that the last training step took, or the next one takes, on the fused path."""
+    binding = binding_of(base)
+    if binding is None or binding.stands_aside:
+        return []
+    return [one.parts for one in binding.bound if one.parts.index not in binding.reasons]
+
+
+def activations(p: Parts) -> set[str]:
+    """Which ops make a fused layer's activation: forward together with A of down, backward with all that LoRA gets there."""
+    like, starts = _like(p), [t.start for t in p.gate_up.terms]
+    alone = len(p.down.terms) > 1 or len(set(starts)) < len(starts) or p.down.own or p.gate_up.own
+    forward = swiglu_lora.fits(like, p.down.rank)
+    backward = not alone and swiglu_lora.fits(like, p.down.rank, *(t.rank for t in p.gate_up.terms))
+    return {"swiglu_lora" if one else "swiglu" for one in (forward, backward)}
+
+
+def _like(p: Parts) -> Tensor:
+    """A tensor of no elements in the layer's dtype and place."""
+    return torch.empty(0, dtype=p.dtype, device=p.qkv.device)
 
 
 def case_of(op: KernelOp, base: Any, family: Family, shape: torch.Size) -> Case:
@@ -87,7 +113,38 @@ def case_of(op: KernelOp, base: Any, family: Family, shape: torch.Size) -> Case:
     if op.name == "linear_cross_entropy":
         softcap, scale = shaping(base, family)
         options = {"softcap": softcap, "logit_scale": scale}
+    if op.name == "swiglu_lora":
+        rank, options = _swiglu_lora_case(next(p for p in fused_layers(base) if op.name in activations(p)))
+        sizes["R"] = rank
+    if op.name == "lora_gradients":
+        sizes["R"], sizes["C"], options = _lora_gradients_case(next(p for p in fused_layers(base) if _terms(p)))
     return Case("this model", sizes, options)
+
+
+def _swiglu_lora_case(p: Parts) -> tuple[int, dict[str, Any]]:
+    """Rank of down's LoRA and up's, and of gate's as an option; a part without LoRA is given the rank of one that has it."""
+    found = {t.start: t for t in p.gate_up.terms}
+    gate, up = found.get(0), found.get(p.f)
+    rank = sum(t.rank for t in p.down.terms) or next(t.rank for t in (up, gate) if t is not None)
+    scales = tuple(t.scale if t is not None else 1.0 for t in (gate, up))
+    return rank, {"gate_rank": gate.rank if gate is not None else rank, "scales": scales}
+
+
+def _lora_gradients_case(p: Parts) -> tuple[int, int, dict[str, Any]]:
+    """Columns of all thin matrices, of all wide ones, and where in them the products of one launch lie: the attention's, or,
+    where that has no LoRA, the MLP's."""
+    spans, thin, wide = [], 0, 0
+    groups = [p.o, p.qkv] if p.o.terms or p.qkv.terms else [p.down, p.gate_up]
+    for group in groups:
+        products = [(group.rank, group.inputs, False)] if group.terms else []
+        for rank, columns, turned in products + [(t.rank, t.stop - t.start, True) for t in group.terms]:
+            spans.append(((thin, thin + rank), (wide, wide + columns), turned))
+            thin, wide = thin + rank, wide + columns
+    return thin, wide, {"spans": tuple(spans), "scale": _terms(p)[0].scale}
+
+
+def _terms(p: Parts) -> list[Term]:
+    return [t for group in p.groups for t in group.terms]
 
 
 def rank_of(base: Any) -> int:

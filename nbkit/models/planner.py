@@ -29,6 +29,7 @@ RESERVE = 128 * 2**20  # cuBLAS workspaces, cuDNN, other small users
 LONG = 16384  # rows from which attention costs more than two copies over the bus
 GROUP_BYTES = 256 * 2**20  # of one round of attention's backward
 GIB = 2**30
+NO_LIMIT = 2**62  # bytes free, where nobody says how many there are
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Plan:
         extra += ", a 16-bit copy of the NF4 weights" if self.copy else ""
         extra += ", the embedding in host RAM" if self.park else ""
         host = f", {self.host / GIB:.1f} GiB of host RAM" if self.host else ""
-        need = f"{self.needed / GIB:.1f} of {self.free / GIB:.1f} GiB free{host}"
+        of = f" of {self.free / GIB:.1f} GiB free" if self.free < NO_LIMIT else " GiB"
+        need = f"{self.needed / GIB:.1f}{of}{host}"
         return f"keep {self.keep}{extra} for {self.rows:,} tokens a step ({need}): {self.why}"
 
 
@@ -211,7 +213,7 @@ def free_bytes(device: torch.device) -> int:
     Without a GPU: no limit.
     """
     if device.type != "cuda":
-        return 2**62
+        return NO_LIMIT
     free, total = torch.cuda.mem_get_info(device)
     reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
     share = torch.cuda.get_per_process_memory_fraction(device)

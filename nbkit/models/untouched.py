@@ -92,7 +92,7 @@ def as_it_was(model: Any, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def levels_kept(binding: Any, graphs: Graphs | None) -> Iterator[None]:
-    """Puts back the level that was set, and forgets the graphs that were recorded meanwhile."""
+    """Puts back the level that was set, forgets the graphs that were recorded meanwhile and gives buffers of eager steps back."""
     keep, how, asides = binding.keep, set(binding.how), dict(binding.asides)
     known = dict(graphs.recorded) if graphs is not None else {}
     recent = list(graphs.recent) if graphs is not None else []
@@ -102,6 +102,7 @@ def levels_kept(binding: Any, graphs: Graphs | None) -> Iterator[None]:
         yield
     finally:
         binding.keep = keep
+        binding.stacks.drop()  # made for the batch that is compared; the next step makes those of its own shape anyway
         binding.how |= how
         binding.asides = asides | binding.asides
         if graphs is not None:

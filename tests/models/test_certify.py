@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -263,6 +265,33 @@ def test_on_a_gpu(family: str, dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16 and family == "llama":
         assert any("1 recorded as CUDA graphs" in text or "2 recorded" in text for text in found.how), found.how
     assert torch.cuda.memory_allocated() <= memory + 2**20
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["parts", "layers"])
+def test_no_copy_and_no_buffer_outlives_it(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The float32 copy of an 8B model takes 30 GB: it goes at once, and not when Python next collects its cycles."""
+    model = lora("llama", hidden_size=128)
+    model.get_base_model().bfloat16()
+    model = whole(model) if fused else model
+    copies: list[weakref.ref[Any]] = []
+    make = twin.wide
+
+    def wide(*given: Any) -> tuple[Any, str]:
+        copy, why = make(*given)
+        copies.extend(weakref.ref(p) for p in copy.parameters())
+        return copy, why
+
+    monkeypatch.setattr(twin, "wide", wide)
+    gc.collect()
+    gc.disable()
+    try:
+        assert nbkit.certify(model).passed
+        assert copies and not [one for one in copies if one() is not None]
+    finally:
+        gc.enable()
+    if fused:
+        binding = binding_of(model.get_base_model())
+        assert binding is not None and binding.stacks.room is None
 
 
 @pytest.mark.gpu

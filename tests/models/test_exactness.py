@@ -16,8 +16,9 @@ import torch
 import nbkit
 from nbkit.errors import ModelError
 from nbkit.families import all_families, find
-from nbkit.models.certify_kernels import launched
-from nbkit.models.layer import bind, binding_of
+from nbkit.kernels import all_ops, lora_gradients, swiglu_lora
+from nbkit.models.certify_kernels import case_of, compare, launched
+from nbkit.models.layer import Keep, bind, binding_of
 from tests.closeness import assert_all_like_stock, assert_like_stock, assert_no_drift
 from tests.models.layer.rig import TARGETS, batch, fill, lora
 from tests.tiny import VOCAB, tiny_model
@@ -278,8 +279,6 @@ def test_every_op_that_a_certificate_names_is_launched_in_a_real_step(four_bit: 
     """Counted by the profiler in an eager step and in a recorded one, which replays the very same kernels."""
     from torch.profiler import ProfilerActivity, profile
 
-    from nbkit.kernels import all_ops
-    from nbkit.models.layer import Keep
     from tests.models.layer.test_layer_gpu import lora_on_gpu
 
     model = lora_on_gpu(dtype=torch.bfloat16, four_bit=four_bit)
@@ -288,16 +287,10 @@ def test_every_op_that_a_certificate_names_is_launched_in_a_real_step(four_bit: 
     binding_of(base).keep = Keep(0)  # type: ignore[union-attr]  # and no 16-bit copy of NF4 weights
     inputs = {k: v.cuda() for k, v in batch(tokens=64).items()}
     claimed = {op.name for op in all_ops() if launched(op.name, base, {one.op for one in report.bound})}
-    assert {"rms_norm", "swiglu", "rope", "linear_cross_entropy", "rope_pack", "nf4" if four_bit else "lora_border"} <= claimed
+    both = {"swiglu_lora", "lora_gradients"} if torch.cuda.get_device_capability() >= (8, 0) else {"swiglu"}
+    assert {"rms_norm", "rope", "linear_cross_entropy", "rope_pack", "nf4" if four_bit else "lora_border"} | both <= claimed
     assert ("nf4" in claimed) is four_bit
-    counted = []
-    for number in range(6):
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            model(**inputs).loss.backward()
-            torch.cuda.synchronize()
-        model.zero_grad()
-        if number in (1, 5):
-            counted.append({event.key: event.count for event in seen.key_averages()})
+    counted = profiled(model, inputs)
     for name in sorted(claimed):
         kernels = kernels_of(name)
         for way, counts in zip(("eager", "recorded"), counted, strict=True):
@@ -308,6 +301,99 @@ def test_every_op_that_a_certificate_names_is_launched_in_a_real_step(four_bit: 
         model(**inputs).loss.backward()
     ours = set().union(*(kernels_of(name) for name in claimed))
     assert not ours & {event.key for event in seen.key_averages()}
+
+
+def profiled(model: Any, inputs: dict[str, torch.Tensor]) -> list[dict[str, int]]:
+    """Launches by the name of the kernel, in an eager step and in a recorded one."""
+    from torch.profiler import ProfilerActivity, profile
+
+    counted = []
+    for number in range(6):
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            model(**inputs).loss.backward()
+            torch.cuda.synchronize()
+        model.zero_grad()
+        if number in (1, 5):
+            counted.append({event.key: event.count for event in seen.key_averages()})
+    return counted
+
+
+ATTENTION, MLP = TARGETS[:4], TARGETS[4:]
+SEVERAL = ("swiglu", "swiglu_lora", "lora_gradients")  # of which a step takes one or more, by what LoRA is on
+# LoRA's targets and rank, and what of SEVERAL a fused layer launches then, in 16 bits on a GPU with tensor cores for them.
+ADAPTED = {
+    "everything": (TARGETS, 8, {"swiglu_lora", "lora_gradients"}),
+    "attention alone": (ATTENTION, 8, {"swiglu", "lora_gradients"}),
+    "the MLP alone": (MLP, 16, {"swiglu_lora", "lora_gradients"}),
+    "gate and up": (MLP[:2], 8, {"swiglu", "swiglu_lora", "lora_gradients"}),
+    "down": (MLP[2:], 64, {"swiglu_lora", "lora_gradients"}),
+    "a rank too high for one": (TARGETS, 80, {"swiglu", "lora_gradients"}),
+    "a rank too high for both": (MLP, 264, {"swiglu"}),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "one by one"])
+@pytest.mark.parametrize("case", ADAPTED)
+def test_what_makes_the_activation_is_named_as_it_is_launched(case: str, stacked: bool) -> None:
+    targets, rank, wanted = ADAPTED[case]
+    model = lora("llama", rank=rank, targets=targets, hidden_size=256, intermediate_size=512, head_dim=64)
+    model.get_base_model().bfloat16()
+    model = model.cuda()
+    base = model.get_base_model()
+    report = nbkit.patch(model)
+    binding = binding_of(base)
+    assert binding is not None
+    binding.keep = Keep(0, normed=stacked)
+    if not stacked:
+        base.model.layers[0].register_forward_hook(lambda *_: None)  # somebody looks at a layer
+    for counts in profiled(model, {k: v.cuda() for k, v in batch(tokens=64).items()}):
+        assert {name for name in SEVERAL if kernels_of(name) & counts.keys()} == wanted
+    claimed = {name for name in SEVERAL if launched(name, base, {one.op for one in report.bound})}
+    assert claimed == wanted
+
+
+@pytest.mark.parametrize("case", ADAPTED)
+def test_the_cases_of_a_certificate_are_those_of_the_model(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names and cases as on a GPU; the cases themselves are then compared through what a CPU takes in place of the kernels."""
+    targets, rank, wanted = ADAPTED[case]
+    base = lora("llama", rank=rank, targets=targets, hidden_size=256, intermediate_size=512, head_dim=64).get_base_model()
+    base.bfloat16()
+    bound = {one.op for one in nbkit.patch(base).bound}
+    assert {name for name in SEVERAL if launched(name, base, bound)} == {"swiglu"}  # part by part
+    bind(base, find("llama")).refresh()
+    assert {name for name in SEVERAL if launched(name, base, bound)} == {"swiglu"}  # a CPU launches nothing
+    with monkeypatch.context() as gpu:
+        for op in (swiglu_lora, lora_gradients):
+            gpu.setattr(op, "use_triton", lambda x: x.dtype == torch.bfloat16)
+        assert {name for name in SEVERAL if launched(name, base, bound)} == wanted
+        cases = [(op, case_of(op, base, find("llama"), torch.Size((2, 9)))) for op in all_ops() if op.name in wanted]
+    for op, one in cases:
+        rows = compare(op, one, torch.bfloat16, torch.device("cpu"), True)
+        assert one.sizes["N"] == 18 and rows and all(row.ok for row in rows), op.name
+        if op.name == "swiglu_lora":
+            assert one.sizes["R"] == one.options["gate_rank"] == rank
+            assert one.options["scales"] == ((1.0, 1.0) if case == "down" else (6 / rank, 6 / rank))
+        if op.name == "lora_gradients":
+            ends = [(thin[1], wide[1]) for thin, wide, _ in one.options["spans"]]
+            assert ends[-1] == (one.sizes["R"], one.sizes["C"]) and one.options["scale"] == 6 / rank
+            assert sum(turned for _, _, turned in one.options["spans"]) == len([t for t in targets if t in ATTENTION] or targets)
+
+
+def test_layers_that_run_part_by_part_launch_swiglu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer of two has an adapter that does not fit; then all stand aside."""
+    base = lora("llama").get_base_model()
+    base.bfloat16()
+    bound = {one.op for one in nbkit.patch(base).bound}
+    binding = bind(base, find("llama"))
+    base.model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: None)
+    binding.refresh()
+    assert list(binding.reasons) == [1]
+    for op in (swiglu_lora, lora_gradients):
+        monkeypatch.setattr(op, "use_triton", lambda x: True)
+    assert {name for name in SEVERAL if launched(name, base, bound)} == set(SEVERAL)
+    binding.stands_aside = True
+    assert {name for name in (*SEVERAL, "rope_pack", "rope") if launched(name, base, bound)} == {"swiglu", "rope"}
 
 
 def kernels_of(op: str) -> set[str]:

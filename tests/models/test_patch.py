@@ -420,13 +420,16 @@ def test_every_kernel_is_launched_in_a_real_step(monkeypatch: pytest.MonkeyPatch
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         measured(model, inputs)
     names = {event.key for event in seen.key_averages()}
-    parts = [f"_{op}_{way}_kernel" for op in ("rms_norm", "swiglu") for way in ("forward", "backward")]
-    for kernel in ("_rotate_kernel", "_rows_kernel", *parts):
+    fused = torch.cuda.get_device_capability() >= (8, 0)
+    ops = ("rms_norm", "swiglu_lora" if fused else "swiglu")
+    parts = [f"_{op}_{way}_kernel" for op in ops for way in ("forward", "backward")]
+    parts += ["_lora_gradients_kernel", "_swiglu_lora_sums_kernel", "_swiglu_lora_xa_kernel"] if fused else []
+    for kernel in ("_rotate_kernel", "_rotate_pack", "_rows_kernel", "_copy_tiles", *parts):
         assert kernel in names, f"{kernel} is not among {sorted(names)}"
     unpatch(model)
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         measured(model, inputs)
-    assert not {"_rotate_kernel", "_rows_kernel"} & {event.key for event in seen.key_averages()}
+    assert not {"_rotate_kernel", "_rows_kernel", *parts} & {event.key for event in seen.key_averages()}
 
 
 def test_every_row_is_projected_only_where_waiting_would_cost_more(monkeypatch):

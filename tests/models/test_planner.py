@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from nbkit.hardware import forecast
 from nbkit.models.layer.keep import LEVELS
-from nbkit.models.planner import candidates, choose
+from nbkit.models.planner import candidates, choose, free_bytes
 
 GIB = 2**30
 EIGHT = forecast.Sizes(32, 4096, 14336, 32, 8, 128, 128256, lora=41_943_040)
@@ -93,3 +94,9 @@ def test_room_that_is_left_goes_to_the_last_layers():
 def test_more_repeated_work_for_less_memory():
     work = [forecast.repeated(level, 4096, EIGHT) for level in LEVELS]
     assert work[0] == 0 and work == sorted(work) and len(set(work)) == len(work)
+
+
+def test_a_plan_says_what_is_free_only_where_that_is_known():
+    assert " of 140.0 GiB free): " in str(choose(EIGHT, 4096, 140 * GIB, four_bit=True))
+    plan = choose(EIGHT, 4096, free_bytes(torch.device("cpu")) + GIB, four_bit=True)
+    assert f" tokens a step ({plan.needed / GIB:.1f} GiB): memory is free" in str(plan) and "free)" not in str(plan)

@@ -240,6 +240,8 @@ class Binding:
         self.rows.handed = None
         self.scratch.clear()
         self.stacks.drop()
+        self.stacks.binding = None  # with those who plan it ties this into cycles: the model would stay until they are collected
+        self.planning.clear()
         self.embedding.park(False)
         self.host = None
         if self.norm is not None:
