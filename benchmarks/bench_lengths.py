@@ -5,7 +5,8 @@ ARM: nbkit (packs of a fixed token budget), stock (transformers + PEFT, padded, 
 unsloth-padding-free (its SFTTrainer; needs unsloth, and runs in a process of its own).
 WORKLOAD: alpaca (log-normal, mean 210 tokens, 8 rows a step) or sharegpt (mean 950, 4 rows a step); a pack holds 2,048 and
 4,096 tokens, so that all arms take steps of about the same size. Rows are the same in all arms, every token but a row's first
-is labelled, a step includes clipping and the optimizer (bitsandbytes' 8-bit AdamW). Random weights, true shapes, NF4, rank 16.
+is labelled, a step includes clipping and the optimizer: AdamW in 8 bits, nbkit's own in its arm and bitsandbytes' in the
+others, as the column `optimizer` says. Random weights, true shapes, NF4, rank 16.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from benchmarks._results import ROOT, append, stamp
 WORKLOADS = {"alpaca": (210, 0.8, 16, 2048, 8), "sharegpt": (950, 0.9, 32, 4096, 4)}  # mean, sigma, least, pack and most, rows
 VOCAB = 128256
 WARM_UP = 6
+OWN, BNB = "nbkit adamw8bit", "bitsandbytes adamw8bit"  # as the CSV names them
 
 
 def rows_of(name: str, count: int) -> list[list[int]]:
@@ -42,24 +44,36 @@ def rows_of(name: str, count: int) -> list[list[int]]:
     return [[make.randrange(3, VOCAB - 1) for _ in range(n)] for n in lengths]
 
 
-def report(workload: str, arm: str, seconds: list[float], tokens: list[int], **more: Any) -> dict[str, Any]:
+def report(workload: str, arm: str, optimizer: str, seconds: list[float], tokens: list[int], **more: Any) -> dict[str, Any]:
     """Medians would hide that steps differ in size: the speed is all tokens over all seconds after the warm-up."""
     import torch
 
-    found = dict(workload=workload, arm=arm, steps=len(seconds), tokens_a_step=round(statistics.mean(tokens)))
+    found = dict(
+        workload=workload, arm=arm, optimizer=optimizer, steps=len(seconds), tokens_a_step=round(statistics.mean(tokens))
+    )
     found |= dict(tok_s=round(sum(tokens) / sum(seconds)), ms=round(1e3 * statistics.mean(seconds), 1))
     found |= dict(peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2), **more)
     print("RESULT", json.dumps(found), flush=True)
     return found
 
 
-def loop(model: Any, batches: list[dict[str, Any]], real: list[int]) -> tuple[list[float], list[int], float]:
+def optimizer_of(params: list[Any], name: str) -> Any:
+    """AdamW with states of 8 bits: nbkit's own, or bitsandbytes'."""
+    if name == OWN:
+        from nbkit.training import AdamW8bit
+
+        return AdamW8bit(params, lr=1e-4)
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(params, lr=1e-4)
+
+
+def loop(model: Any, batches: list[dict[str, Any]], real: list[int], adamw: str) -> tuple[list[float], list[int], float]:
     """(seconds, non-pad tokens, last loss) of the steps after the warm-up."""
-    import bitsandbytes as bnb
     import torch
 
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = bnb.optim.AdamW8bit(params, lr=1e-4)
+    optimizer = optimizer_of(params, adamw)
     seconds, loss = [], torch.zeros(())
     torch.cuda.reset_peak_memory_stats()
     for batch in batches:
@@ -103,7 +117,7 @@ def nbkit_arm(workload: str, model_name: str, steps: int) -> dict[str, Any]:
     rows = rows_of(workload, (steps + WARM_UP) * per_step)
     made = packs(rows, budget)[: steps + WARM_UP]
     batches, real = [batch for batch, _ in made], [tokens for _, tokens in made]
-    seconds, tokens, loss = loop(model, batches, real)
+    seconds, tokens, loss = loop(model, batches, real, OWN)
     graphs = vars(model.get_base_model()).get(GRAPHS)
     print(f"  {binding_of(model).planner.plan}; {sorted(binding_of(model).how)}; {graphs.note if graphs else ''}")
     # The same documents in transformers' own code: the loss of the last pack, the adapter as it is now.
@@ -112,7 +126,8 @@ def nbkit_arm(workload: str, model_name: str, steps: int) -> dict[str, Any]:
     nbkit.unpatch(model)
     plain = {k: last[k] for k in ("input_ids", "position_ids", "labels")}
     stock = float(model(**plain, use_cache=False).loss.detach())
-    return report(workload, "nbkit", seconds, tokens, loss=round(loss, 4), loss_now=round(mine, 5), stock_loss=round(stock, 5))
+    more = dict(loss=round(loss, 4), loss_now=round(mine, 5), stock_loss=round(stock, 5))
+    return report(workload, "nbkit", OWN, seconds, tokens, **more)
 
 
 def stock_arm(workload: str, model_name: str, steps: int) -> dict[str, Any]:
@@ -134,8 +149,8 @@ def stock_arm(workload: str, model_name: str, steps: int) -> dict[str, Any]:
         labels = ids.masked_fill(mask == 0, -100)
         batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
     real = [int(b["attention_mask"].sum()) for b in batches]
-    seconds, tokens, loss = loop(model, batches, real)
-    return report(workload, "stock", seconds, tokens, loss=round(loss, 4))
+    seconds, tokens, loss = loop(model, batches, real, BNB)
+    return report(workload, "stock", BNB, seconds, tokens, loss=round(loss, 4))
 
 
 def unsloth_arm(workload: str, model_name: str, steps: int, packed: bool) -> dict[str, Any]:
@@ -191,7 +206,7 @@ def unsloth_arm(workload: str, model_name: str, steps: int, packed: bool) -> dic
     trainer.train()
     name = "unsloth-packed" if packed else "unsloth-padding-free"
     return report(
-        workload, name, seen["seconds"][WARM_UP:], seen["tokens"][WARM_UP:], loss=trainer.state.log_history[-2].get("loss")
+        workload, name, BNB, seen["seconds"][WARM_UP:], seen["tokens"][WARM_UP:], loss=trainer.state.log_history[-2].get("loss")
     )
 
 
