@@ -169,7 +169,13 @@ def _causal_lm(
         loss, hidden = recorded
         made = LossOutput(loss=loss)
     else:
-        outputs = self.get_submodule(family.decoder.base)(**inputs, **kwargs)
+        decoder = self.get_submodule(family.decoder.base)
+        try:
+            outputs = decoder(**inputs, **kwargs)
+        finally:
+            binding = vars(decoder).get(LAYER_MARK)
+            if binding is not None:  # as it is in a copy
+                binding.looked = False  # also where the forward failed before it came to the layers
         hidden = outputs.last_hidden_state
         loss = head_loss(self, family, hidden, targets, items)
         made = LossOutput(

@@ -152,18 +152,20 @@ class Graphs:
     def step(
         self, ids: Tensor, targets: Tensor, items: float | Tensor | None, pack: Pack | None = None
     ) -> tuple[Tensor, Tensor] | None:
-        """(loss, hidden states for reading only) of ids and targets (B, T), or None where this step has to run eagerly."""
+        """(loss, hidden states for reading only) of ids and targets (B, T), or None where this step has to run eagerly.
+
+        Then the adapters have been read: whoever calls takes `binding.looked` back after the decoder's forward.
+        """
         early, pending = self.current(ids, pack), None
         if early is not None:
             pending = early.replay(ids, targets, items, pack)
         self.binding.refresh()
         if self.version != self.binding.version:
             self.learn()
-        if not self.fits(ids):
-            return None
         key = self.key(ids, pack)
-        one = self.recorded.get(key) or self.record_if_due(key, ids.shape, pack)
+        one = (self.recorded.get(key) or self.record_if_due(key, ids.shape, pack)) if self.fits(ids) else None
         if one is None:
+            self.binding.looked = True
             return None
         if pending is None or one is not early:
             pending = one.replay(ids, targets, items, pack)

@@ -52,6 +52,7 @@ class Binding:
         self.planning: list[Callable[[], None]] = []  # called before memory is planned: who holds some that it may give back
         self.how: set[str] = set()  # the attention implementations met, for the report
         self.everything: Watch | None = None
+        self.looked = False  # the model's forward has read the adapters: the decoder's, which it calls next, need not
         self.version = 0  # goes up when anything changes that a recorded step holds fixed
         self.writer: BorderWriter | None = None
         # As a trainer or `patch` asks for it; "auto" and False: what fits. None: as transformers' own switch on the model says.
@@ -140,7 +141,9 @@ class Binding:
 
     def before(self, kwargs: dict[str, Any]) -> None:
         """At the start of each forward: bring the borders up to date, and say once for all layers what the mask is."""
-        self.refresh()
+        if not self.looked:
+            self.refresh()
+        self.looked = False
         self.stands_aside = torch.is_grad_enabled() and bool(self.bound) and self._aside(kwargs)
         self.plan(kwargs)
         self.scratch.owner.clear()  # adapters may have been stepped since: what was dequantised with them is old

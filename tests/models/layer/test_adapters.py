@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from nbkit.models.layer import binding_of
+from nbkit.models.patch import patch, unpatch
 from tests.models.layer.rig import TARGETS, batch, fill, lora, step, worst
 from tests.models.layer.test_layer import bound
 from tests.tiny import tiny_model
@@ -216,3 +218,39 @@ def test_a_first_forward_under_hooks_loses_no_gradient() -> None:
     loss, grads = step(model, **batch())
     assert binding.how and loss == pytest.approx(wanted[0], rel=1e-5) and worst(grads, wanted[1])[0] < 1e-5
     binding.release()
+
+
+def test_adapters_are_read_once_a_step_and_again_after_one_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recorded path reads them before it hands a step on; a forward that never came to the layers leaves nothing behind."""
+    monkeypatch.setattr("nbkit.models.patch._fuses", lambda device: True)
+    model = lora("llama")
+    patch(model, graphs=True)
+    model.add_adapter("other", model.peft_config["default"])
+    fill(model, seed=5)
+    binding = binding_of(model)
+    assert binding is not None
+    reads: list[int] = []
+    refresh = binding.refresh
+    monkeypatch.setattr(binding, "refresh", lambda: (reads.append(1), refresh())[1])
+    step(model, **batch())  # a plan for more tokens than before reads them once more
+    reads.clear()
+    step(model, **batch())
+    assert len(reads) == 1
+    with torch.no_grad():
+        model(**batch())
+        assert len(reads) == 2
+
+    def fail(*_: Any) -> None:
+        raise KeyError("before the layers")
+
+    hook = model.get_base_model().model.register_forward_pre_hook(fail, prepend=True)
+    with pytest.raises(KeyError):
+        model(**batch())
+    hook.remove()
+    assert not binding.looked
+    model.set_adapter("other")
+    model.eval()  # which no recorded step reads them for
+    ours = step(model, **batch())
+    unpatch(model)
+    loss, truth = step(model, **batch())
+    assert abs(ours[0] - loss) < 1e-5 and worst(ours[1], truth)[0] < 1e-5
