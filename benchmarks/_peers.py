@@ -96,7 +96,7 @@ def gradients_one_by_one(thin: Tensor, wide: Tensor, spans: Any, scale: float) -
     """The same in cuBLAS's products."""
     flat, parts, *_ = held((id(thin), "gradients"), lambda: gradient_parts(thin, wide, spans, scale))
     for p in parts:
-        lora_gradients.accumulate(p)
+        lora_gradients.one_product(p)
     return flat
 
 
