@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import time
 from typing import Any
+
+import psutil
 
 from benchmarks._results import ROOT
 
@@ -41,7 +44,7 @@ class Process:
         try:
             self.running.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
             self.running.stdin.flush()
-        except OSError:
+        except (OSError, ValueError):  # its end of the pipe is gone, or ours since `stop`
             raise Failed(self._ended()) from None
 
     def reply(self, seconds: float) -> dict[str, Any]:
@@ -78,9 +81,13 @@ class Process:
         return f"the process ended with code {self.running.wait()}"
 
     def stop(self) -> None:
-        """End it with all that it started (compilers among them)."""
+        """End it with all that it started: compilers among them, which may have left its group and would share the host."""
         if self.alive:
+            started = psutil.Process(self.running.pid).children(recursive=True)
             os.killpg(self.running.pid, signal.SIGKILL)
+            for child in started:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
         self.running.wait()
         for pipe in (self.running.stdin, self.running.stdout):
             if pipe is not None:

@@ -192,3 +192,27 @@ def test_gradient_files_are_plain_vectors(tmp_path: Path) -> None:
 
     _worker.save(torch.arange(3.0), str(tmp_path / "g.npy"))
     assert np.load(tmp_path / "g.npy").tolist() == [0, 1, 2]
+
+
+def test_a_process_ends_with_all_that_it_started_and_takes_no_more_commands(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import psutil
+
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import json, subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)\n"
+        "print(json.dumps({'pid': child.pid}), flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    monkeypatch.setattr(_process, "COMMAND", [sys.executable, str(worker)])
+    process = _process.Process("base", "cpu")
+    pid = process.reply(60)["pid"]
+    process.stop()
+    until = time.monotonic() + 10
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    with pytest.raises(_process.Failed, match="ended with code"):
+        process.send("round")
