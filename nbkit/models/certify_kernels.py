@@ -12,7 +12,7 @@ from nbkit.kernels import Case, KernelOp, all_ops, lora_gradients, swiglu_lora
 from nbkit.kernels._launch import runs_on
 from nbkit.models.certificate import Row
 from nbkit.models.closeness import Gap, by_element
-from nbkit.models.forwards import shaping
+from nbkit.models.head import shaping
 from nbkit.models.layer import binding_of
 from nbkit.models.layer.adapters import Term
 from nbkit.models.layer.parts import Parts

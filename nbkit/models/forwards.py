@@ -21,14 +21,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from nbkit.config import IGNORE_INDEX
 from nbkit.errors import ModelError
 from nbkit.families import Family
-from nbkit.kernels._launch import capability_of
-from nbkit.kernels.linear_cross_entropy import linear_cross_entropy
 from nbkit.kernels.rms_norm import rms_norm
 from nbkit.kernels.rope import rope
 from nbkit.kernels.swiglu import swiglu
 from nbkit.models.asked import MARK as ASKED
 from nbkit.models.graphs import Pack
-from nbkit.models.layer.adapters import OURS, base_of
+from nbkit.models.head import head_loss, logits
+from nbkit.models.layer.adapters import OURS
 from nbkit.models.layer.bind import LAST, causal_only
 from nbkit.models.layer.bind import MARK as LAYER_MARK
 from nbkit.models.layer.function import FinalNorm
@@ -38,7 +37,6 @@ from nbkit.models.outputs import LossOutput
 MARK = "_nbkit_family"  # instance attribute: the family whose facts the bound forward reads
 PLAIN = {"input_ids", "attention_mask", "use_cache", "num_items_in_batch", "shift_labels"}  # what a recorded step can take
 PACKED = {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}  # what a collator says of a pack
-SMALL_HEAD = 3e11  # rows times weights of the head: 1.5 ms of an H200, forward and backward
 GRAPHS = "_nbkit_graphs"  # instance attribute of the causal LM: its recorded steps, if it may have any
 FORWARDS: dict[str, Callable[..., Any]] = {}  # by the name of the op
 
@@ -192,7 +190,7 @@ def _maker(model: Any, family: Family, hidden: torch.Tensor, loss: torch.Tensor)
     """Makes the logits when they are read. Where memory is short the hidden states are held until the backward only."""
     binding = vars(model.get_submodule(family.decoder.base)).get(LAYER_MARK)
     if binding is None or not binding.chosen.in_place or not loss.requires_grad:
-        return lambda: _logits(model, family, hidden)
+        return lambda: logits(model, family, hidden)
     held = [hidden]
     loss.register_hook(lambda _: held.clear())
 
@@ -202,7 +200,7 @@ def _maker(model: Any, family: Family, hidden: torch.Tensor, loss: torch.Tensor)
                 "The logits of this step are gone: to save memory they can be made before its backward only; read outputs.logits "
                 "before loss.backward(), or train without gradient checkpointing."
             )
-        return _logits(model, family, held[0])
+        return logits(model, family, held[0])
 
     return make
 
@@ -245,71 +243,3 @@ def _pack(inputs: dict[str, Any], kwargs: dict[str, Any]) -> Pack | None:
     if inputs["input_ids"].shape[0] != 1 or positions.shape != inputs["input_ids"].shape:
         return None
     return Pack(positions, starts.to(torch.int32), int(longest))
-
-
-def head_loss(
-    model: nn.Module, family: Family, hidden: torch.Tensor, targets: torch.Tensor, num_items: float | torch.Tensor | None
-) -> torch.Tensor:
-    """Mean cross-entropy of the rows of hidden (B, T, D) that have a target (B, T), or their sum over `num_items`."""
-    head: Any = head_of(model, family)
-    softcap, scale = shaping(model, family)
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    targets = targets.reshape(-1).to(rows.device)
-    if plain_head(head) is None:
-        if rows.device != head.weight.device:
-            rows, targets = rows.to(head.weight.device), targets.to(head.weight.device)
-        return linear_cross_entropy(
-            rows, head.weight, targets, num_items=num_items, softcap=softcap, logit_scale=scale,
-            labelled_only=not host_sets_pace(rows, head.weight),
-        )  # fmt: skip
-    index = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-    logits = _shaped(head(rows[index]).float(), softcap, scale)
-    losses = functional.cross_entropy(logits, targets[index].to(logits.device), reduction="sum")
-    count = max(len(index), 1) if num_items is None else num_items
-    return losses / (count.to(losses.device).clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
-
-
-def host_sets_pace(rows: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether projecting every row (N, D) by a head (V, D) costs less than the wait for the device to count those with a label.
-
-    Until the wait is over the host asks for nothing more; on a fast GPU that is some milliseconds of a small step.
-    """
-    return rows.is_cuda and len(rows) * weight.numel() <= SMALL_HEAD and capability_of(rows) >= (9, 0)
-
-
-def head_of(model: nn.Module, family: Family) -> nn.Module:
-    """The model's head; where PEFT trains a copy of it (`modules_to_save`), the one in use now."""
-    head = model.get_submodule(family.head.module)
-    return base_of(head) if "modules_to_save" in head._modules else head
-
-
-def plain_head(head: nn.Module) -> str | None:
-    """None if the head is one matrix that may be multiplied by directly; else why it is not."""
-    if hasattr(head, "base_layer"):
-        return "it carries an adapter and makes its own projection of the labelled rows"
-    if type(head) is not nn.Linear:
-        return f"{type(head).__name__} makes its own projection of the labelled rows"
-    if head.bias is not None:
-        return "it has a bias and makes its own projection of the labelled rows"
-    if type(head.weight) is not nn.Parameter and type(head.weight) is not torch.Tensor:
-        return f"its weight is a {type(head.weight).__name__}, so it makes its own projection of the labelled rows"
-    if "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
-        return "another library has hooked it, so it makes its own projection of the labelled rows"
-    return None
-
-
-def shaping(model: Any, family: Family) -> tuple[float | None, float]:
-    """(softcap or None, logit scale) of the model's head, by the config keys that the family names."""
-    facts = family.head
-    softcap = getattr(model.config, facts.softcap_key, None) if facts.softcap_key else None
-    scale = getattr(model.config, facts.logit_scale_key, None) if facts.logit_scale_key else None
-    return softcap, 1.0 if scale is None else scale
-
-
-def _shaped(logits: torch.Tensor, softcap: float | None, scale: float) -> torch.Tensor:
-    z = logits if scale == 1.0 else logits * scale
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
-
-
-def _logits(model: nn.Module, family: Family, hidden: torch.Tensor) -> torch.Tensor:
-    return _shaped(model.get_submodule(family.head.module)(hidden), *shaping(model, family))

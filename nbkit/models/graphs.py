@@ -29,6 +29,7 @@ from nbkit.config import IGNORE_INDEX
 from nbkit.families import Family
 from nbkit.kernels._launch import power_of_two
 from nbkit.kernels.linear_cross_entropy import linear_cross_entropy
+from nbkit.models.head import shaping
 from nbkit.models.layer import Binding
 from nbkit.models.layer.adapters import plain_tensors
 from nbkit.models.layer.bind import autocast_differs
@@ -282,8 +283,6 @@ class Graphs:
 
     def loss(self, hidden: Tensor, targets: Tensor, items: Tensor) -> Tensor:
         """Sum over the labelled rows by `items`, or by their number where that is negative; nothing here waits for the device."""
-        from nbkit.models.forwards import shaping
-
         weight = self.model.get_submodule(self.family.head.module).get_parameter("weight")
         softcap, scale = shaping(self.model, self.family)
         rows, labels = hidden.flatten(0, 1), targets.flatten()

@@ -21,8 +21,9 @@ from nbkit.kernels._launch import launch_note, runs_on
 from nbkit.models.asked import MARK as ASKED
 from nbkit.models.asked import UNASKED, Asked, unasked
 from nbkit.models.checkpointing import set_checkpointing
-from nbkit.models.forwards import GRAPHS, MARK, bind, head_of, is_bound, plain_head, unbind
+from nbkit.models.forwards import GRAPHS, MARK, bind, is_bound, unbind
 from nbkit.models.graphs import Graphs
+from nbkit.models.head import head_of, plain_head
 from nbkit.models.layer import bind as bind_whole
 from nbkit.models.layer import binding_of
 from nbkit.models.obstacles import mixed_devices, stock_reason, weight_format

@@ -14,7 +14,7 @@ from torch import nn
 
 from nbkit.errors import ModelError
 from nbkit.families import find
-from nbkit.models import forwards, obstacles
+from nbkit.models import head, obstacles
 from nbkit.models.forwards import MARK
 from nbkit.models.patch import patch, unpatch
 from tests.closeness import assert_all_like_stock, assert_close, assert_like_stock
@@ -218,8 +218,8 @@ def test_the_plain_head_is_not_called_for_the_loss(monkeypatch: pytest.MonkeyPat
     model = tiny_model()
     patch(model)
     shapes = []
-    stock = forwards.linear_cross_entropy
-    monkeypatch.setattr(forwards, "linear_cross_entropy", lambda *a, **k: shapes.append(a[0].shape) or stock(*a, **k))
+    stock = head.linear_cross_entropy
+    monkeypatch.setattr(head, "linear_cross_entropy", lambda *a, **k: shapes.append(a[0].shape) or stock(*a, **k))
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: torch.nn.functional.linear(x, self.weight, self.bias)
                         if self.out_features != VOCAB else pytest.fail("whole logits were made"))  # fmt: skip
     model.train()(**batch()).loss.backward()
@@ -285,7 +285,7 @@ def test_unpatch_reaches_what_was_wrapped_since(monkeypatch: pytest.MonkeyPatch)
     model.forward = lambda *args, **kwargs: inner(*args, **kwargs)  # as accelerate does for autocast
     assert patch(model).bound[-1].op == "linear_cross_entropy"
     unpatch(model)
-    monkeypatch.setattr(forwards, "linear_cross_entropy", lambda *a, **k: pytest.fail("still bound"))
+    monkeypatch.setattr(head, "linear_cross_entropy", lambda *a, **k: pytest.fail("still bound"))
     assert model(**batch()).logits is not None
 
 
@@ -430,24 +430,3 @@ def test_every_kernel_is_launched_in_a_real_step(monkeypatch: pytest.MonkeyPatch
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         measured(model, inputs)
     assert not {"_rotate_kernel", "_rows_kernel", *parts} & {event.key for event in seen.key_averages()}
-
-
-def test_every_row_is_projected_only_where_waiting_would_cost_more(monkeypatch):
-    class Fake:  # a tensor on a GPU, as far as the rule looks
-        is_cuda = True
-
-        def __init__(self, rows, width):
-            self.shape = (rows, width)
-
-        def __len__(self):
-            return self.shape[0]
-
-        def numel(self):
-            return self.shape[0] * self.shape[1]
-
-    def rule(rows, capability=(9, 0), width=4096):
-        monkeypatch.setattr(forwards, "capability_of", lambda _: capability)
-        return forwards.host_sets_pace(Fake(rows, width), Fake(128256, width))
-
-    assert rule(512) and rule(1024, width=2048) and not rule(1024) and not rule(512, (8, 0)) and not rule(512, (7, 5))
-    assert not forwards.host_sets_pace(torch.zeros(4, 8), torch.zeros(16, 8))
