@@ -292,5 +292,5 @@ def test_it_is_certified(way: str) -> None:
     # transformers' float32 loss over 49,152 columns errs by up to 1e-4 in the gradients: float64 decides, and ours is nearer.
     for row in certificate.rows:
         if row.stock_error is not None and row.kind == "gradient":
-            assert row.error < row.stock_error and row.error < 2e-5, row
+            assert row.error < row.stock_error and row.error < 5e-5, row  # stock: to 1e-4, by the threads that sum it
         assert row.kind != "loss" or row.error < 1e-5
