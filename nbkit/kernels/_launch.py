@@ -286,19 +286,6 @@ def capability_of(x: torch.Tensor) -> tuple[int, int]:
     return _capability(x.get_device())
 
 
-def tensor_cores(x: torch.Tensor) -> bool:
-    """True if `tl.dot` of x's dtype runs on tensor cores: 16 bits, capability 8.0 and newer, and Triton for NVIDIA."""
-    if x.dtype not in (torch.float16, torch.bfloat16) or not use_triton(x):
-        return False
-    return not x.is_cuda or (capability_of(x) >= (8, 0) and torch.version.hip is None)
-
-
-@cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; a few where there is none."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
 _HERE = nullcontext()
 
 

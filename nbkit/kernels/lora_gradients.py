@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from nbkit.kernels._gemm import accumulate
-from nbkit.kernels._launch import Prepared, cdiv, jit, kernel, on_device, power_of_two, processors, tensor_cores, tl
+from nbkit.kernels._launch import Prepared, capability_of, cdiv, jit, kernel, on_device, power_of_two, tl, use_triton
 from nbkit.kernels._op import Case, KernelOp
+from nbkit.kernels.swiglu_lora import MIN_CAPABILITY, _processors
 
 MOST = 6  # products of a launch
 MAX_RANK = 256
@@ -200,7 +201,7 @@ def _launch_of(kinds: tuple[_Kind, ...], device: torch.device) -> _Launch | None
     rank, columns = max(kind[0][1] for kind in kinds), sum(kind[1][1] for kind in kinds)
     if rank > MAX_RANK or len(dtypes) > 1 or any(kind[0][0] != n for kind in kinds):
         return None
-    plan = plan_of(rank, columns, processors(device))
+    plan = plan_of(rank, columns, _processors(device))
     cuts, first = [], 0
     for thin, wide, _, *strides, _, _, _, turned in kinds:
         chunks = cdiv(thin[1], plan.block_r)
@@ -229,7 +230,12 @@ def _check(k: int, thin: _Kind, wide: _Kind, out: _Kind, *rest: Any) -> None:
 
 def fits(x: Tensor, *ranks: int) -> bool:
     """True if the kernel takes matrices of x's dtype and device with these ranks; the functions below take all."""
-    return 0 < max(ranks, default=0) <= MAX_RANK and tensor_cores(x)
+    return (
+        0 < max(ranks, default=0) <= MAX_RANK
+        and x.dtype in (torch.float16, torch.bfloat16)
+        and use_triton(x)
+        and (not x.is_cuda or (capability_of(x) >= MIN_CAPABILITY and torch.version.hip is None))
+    )
 
 
 def thin_products(products: Sequence[Product], add: bool = False) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbkit.kernels._launch import cdiv, check_rows, kernel, on_device, power_of_two, tensor_cores, tl, use_triton
+from nbkit.kernels._launch import capability_of, cdiv, check_rows, kernel, on_device, power_of_two, tl, use_triton
 from nbkit.kernels._op import Case, KernelOp
 
 MAX_RANK = 128
@@ -85,7 +85,7 @@ def lora_in(x: Tensor, a: Tensor, out: Tensor | None = None) -> Tensor:
     out = torch.empty(n, r, dtype=x.dtype, device=x.device) if out is None else out
     for name, rows in (("x", x), ("a", a), ("out", out)):
         check_rows(name, rows)
-    if not (0 < r <= MAX_RANK and n and use_triton(x, a, out) and tensor_cores(x)):
+    if not (0 < r <= MAX_RANK and n and use_triton(x, a, out) and _tensor_cores(x)):
         return out.copy_(x @ a.t())
     block_n, block_i = (16 if n <= 2048 else 32), (128 if r <= 32 else 64)  # what is in flight has to fit small GPUs too
     tiles = cdiv(n, block_n)
@@ -111,7 +111,7 @@ def lora_out_(y: Tensor, xa: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     (n, o), r = y.shape, b.shape[1]
     for name, rows in (("y", y), ("xa", xa), ("b", b)):
         check_rows(name, rows)
-    if not (0 < r <= MAX_RANK and n and use_triton(y, xa, b) and tensor_cores(y)):
+    if not (0 < r <= MAX_RANK and n and use_triton(y, xa, b) and _tensor_cores(y)):
         return y.addmm_(xa.to(y.dtype), b.to(y.dtype).t(), alpha=scale)
     block_n, block_o = (16 if n <= 16 else 64), 128
     with on_device(y):
@@ -120,6 +120,10 @@ def lora_out_(y: Tensor, xa: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
             BLOCK_R=max(power_of_two(r), 16), num_warps=4
         )  # fmt: skip
     return y
+
+
+def _tensor_cores(x: Tensor) -> bool:
+    return x.dtype != torch.float32 and (not x.is_cuda or capability_of(x) >= (8, 0))
 
 
 # -- op --------------------------------------------------------------------------------------------

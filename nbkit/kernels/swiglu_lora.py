@@ -17,7 +17,7 @@ through swiglu.py and torch's GEMMs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -26,20 +26,21 @@ from torch import Tensor
 from nbkit.kernels._gemm import accumulate
 from nbkit.kernels._launch import (
     INTERPRETED,
+    capability_of,
     cdiv,
     check_rows,
     jit,
     kernel,
     on_device,
     power_of_two,
-    processors,
-    tensor_cores,
     tl,
+    use_triton,
 )
 from nbkit.kernels._op import Case, KernelOp
 from nbkit.kernels.swiglu import swiglu_backward, swiglu_forward
 
 MAX_RANK = 64
+MIN_CAPABILITY = (8, 0)
 
 # -- kernels ---------------------------------------------------------------------------------------
 
@@ -245,12 +246,22 @@ def parts_of(tiles: int, blocks: int, programs: int, least: int) -> int:
     return max(min(programs // tiles, blocks // least), 1)
 
 
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 # -- public functions ------------------------------------------------------------------------------
 
 
 def fits(x: Tensor, *ranks: int) -> bool:
     """True if the fused kernels take matrices of x's dtype and device with these ranks; the functions below take all."""
-    return 0 < max(ranks, default=0) <= MAX_RANK and tensor_cores(x)
+    return (
+        0 < max(ranks, default=0) <= MAX_RANK
+        and x.dtype in (torch.float16, torch.bfloat16)
+        and use_triton(x)
+        and (not x.is_cuda or (capability_of(x) >= MIN_CAPABILITY and torch.version.hip is None))
+    )
 
 
 def swiglu_lora_forward(
@@ -279,7 +290,7 @@ def swiglu_lora_forward(
         if kept is not None:
             kept.copy_(xa)
         return out, xa
-    plan = forward_plan(n, f, r, processors(gate.device))
+    plan = forward_plan(n, f, r, _processors(gate.device))
     part = torch.empty(plan.parts, n, r, dtype=torch.float32, device=gate.device)
     with on_device(gate):
         _swiglu_lora_forward_kernel[(cdiv(n, plan.block_n), plan.parts)](
@@ -336,7 +347,7 @@ def swiglu_lora_backward(
         swiglu_backward(dh, gate, up, dgate, dup, h=None if da is None else dh)  # dh holds h by now
         _products((da, u, dh, 1.0), (db_gate, dgate, xa_gate[:, :rg], scales[0]), (db_up, dup, xa_up[:, :ru], scales[1]), add=add)
         return dgate, dup
-    plan, block_r = backward_plan(n, f, max(rd, rg, ru), processors(gate.device)), _block_r(max(rd, rg, ru))
+    plan, block_r = backward_plan(n, f, max(rd, rg, ru), _processors(gate.device)), _block_r(max(rd, rg, ru))
     part = torch.empty(plan.parts, rd + rg + ru, f, dtype=torch.float32, device=gate.device)
     outs = [part if x is None else x for x in (da, db_gate, db_up)]
     ranks = {"RD": rd, "RG": rg, "RU": ru}

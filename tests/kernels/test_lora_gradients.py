@@ -199,8 +199,8 @@ def test_lora_gradients_say_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     here = _launch.runs_on(half.device) and (not half.is_cuda or _launch.capability_of(half) >= (8, 0))
     assert lg.fits(half, 16) is lg.fits(half.bfloat16(), 64, 1, 0) is lg.fits(half, 256) is here
     assert not any(lg.fits(x, *ranks) for x, ranks in ((half, (257,)), (half, (0, 0)), (half, ()), (half.float(), (16,))))
-    monkeypatch.setattr(_launch, "use_triton", lambda *tensors: True)
-    monkeypatch.setattr(_launch, "capability_of", lambda x: x.capability)
+    monkeypatch.setattr(lg, "use_triton", lambda *tensors: True)
+    monkeypatch.setattr(lg, "capability_of", lambda x: x.capability)
     for capability, taken in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
         assert lg.fits(SimpleNamespace(dtype=torch.float16, is_cuda=True, capability=capability), 16) is taken
 
@@ -257,7 +257,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(_launch, "_driver", lambda: (lambda: -1, lambda device: 77, hooks))
     monkeypatch.setattr(lg, "_lora_gradients_kernel", _launch.Launcher(Jitted()))
-    monkeypatch.setattr(_launch, "use_triton", lambda *tensors: True)
+    monkeypatch.setattr(lg, "use_triton", lambda *tensors: True)
     return calls
 
 
@@ -324,7 +324,7 @@ def test_lora_gradients_fetch_ahead_in_16_bytes(
     from triton.compiler import ASTSource
 
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-    monkeypatch.setattr(lg, "processors", lambda device: 132)
+    monkeypatch.setattr(lg, "_processors", lambda device: 132)
     spans = (lg._attention(4096, 1024, r) if name == "attention" else lg._mlp(4096, r))["spans"]
     width = max(c[1] for _, c, _ in spans)
     thin, wide = (torch.empty(1, w, dtype=torch.float16) for w in (8 * r, width))

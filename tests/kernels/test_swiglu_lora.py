@@ -228,8 +228,8 @@ def test_swiglu_lora_says_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
         sl.fits(x, *ranks)
         for x, ranks in ((half, (65,)), (half, (0, 0)), (half, ()), (half.float(), (16,)), (half.double(), (16,)))
     )
-    monkeypatch.setattr(_launch, "use_triton", lambda *tensors: True)
-    monkeypatch.setattr(_launch, "capability_of", lambda x: x.capability)
+    monkeypatch.setattr(sl, "use_triton", lambda *tensors: True)
+    monkeypatch.setattr(sl, "capability_of", lambda x: x.capability)
     for capability, taken in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
         assert sl.fits(SimpleNamespace(dtype=torch.float16, is_cuda=True, capability=capability), 16) is taken
 
