@@ -83,10 +83,9 @@ def fused_layers(base: Any) -> list[Parts]:
 
 def activations(p: Parts) -> set[str]:
     """Which ops make a fused layer's activation: forward together with A of down, backward with all that LoRA gets there."""
-    like, starts = _like(p), [t.start for t in p.gate_up.terms]
-    alone = len(p.down.terms) > 1 or len(set(starts)) < len(starts) or p.down.own or p.gate_up.own
+    like = _like(p)
     forward = swiglu_lora.fits(like, p.down.rank)
-    backward = not alone and swiglu_lora.fits(like, p.down.rank, *(t.rank for t in p.gate_up.terms))
+    backward = p.one_pass and swiglu_lora.fits(like, p.down.rank, *(t.rank for t in p.gate_up.terms))
     return {"swiglu_lora" if one else "swiglu" for one in (forward, backward)}
 
 

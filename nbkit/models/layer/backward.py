@@ -231,10 +231,7 @@ def _activation_and_lora(
 ) -> bool:
     """dgate and dup into dgu, and in the same pass dB of gate and up and dA of down; False, and nothing done, where it cannot."""
     down, both = sums["down"], sums["gate_up"]
-    starts = [t.start for t in p.gate_up.terms]
-    if len(p.down.terms) > 1 or len(set(starts)) < len(starts) or p.down.own or p.gate_up.own:
-        return False
-    if not ops.fits(dh, p.down.rank, *(t.rank for t in p.gate_up.terms)):
+    if not p.one_pass or not ops.fits(dh, p.down.rank, *(t.rank for t in p.gate_up.terms)):
         return False
     found = {t.start: (t, db) for t, db in zip(p.gate_up.terms, both.db, strict=True)}
     (gate, db_gate), (up, db_up) = (found.get(start, (None, None)) for start in (0, p.f))

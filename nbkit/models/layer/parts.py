@@ -90,6 +90,12 @@ class Parts:
             everything.look(*_parent(self.layer, name))
         return all([group.report_to(everything) for group in self.groups])
 
+    @property
+    def one_pass(self) -> bool:
+        """Whether the activation's backward may make LoRA's gradients as it goes: one term a linear, no linear trained itself."""
+        starts = [t.start for t in self.gate_up.terms]
+        return len(self.down.terms) < 2 and len(set(starts)) == len(starts) and not self.down.own and not self.gate_up.own
+
     def parameters(self) -> list[Tensor]:
         """All that is trained, group by group and then the norms: the order in which the backward gives their gradients."""
         norms = [n.weight for n, trained in zip(self.norms, self.norms_trained, strict=True) if trained]
