@@ -148,7 +148,7 @@ def _on_cpu(shape: ModelShape, tokens: int, wide: int) -> dict[str, int]:
 def _on_gpu(shape: ModelShape, machine: Machine, tokens: int, load_in_4bit: bool) -> dict[str, int]:
     """The engine's leanest plan: layer inputs in host RAM where that has room, token tiles, one key/value head at a time."""
     s = _sizes(shape)
-    offload = forecast.host(4, tokens, s) <= forecast.HOST_SHARE * machine.ram_free_bytes
+    offload = forecast.host(4, tokens, s, s.layers) <= forecast.HOST_SHARE * machine.ram_free_bytes
     parts = forecast.step(
         4, tokens, s, four_bit=load_in_4bit, offload=offload, tile=forecast.TILE, groups=1, parked=not shape.tied
     )
@@ -189,7 +189,7 @@ def largest(
         return needs(shape, machine, replace(lora, rank=rank), load_in_4bit=load_in_4bit, batch_size=batch, max_seq_length=length)
 
     context = most(lambda n: with_(length=max(n, 1)))
-    host = forecast.host(4, context * batch_size, _sizes(shape)) if machine.device == "cuda" else 0
+    host = forecast.host(4, context * batch_size, _sizes(shape), shape.layers) if machine.device == "cuda" else 0
     ranks = min(most(lambda n: with_(rank=max(n, 1))), shape.hidden)
     offloaded = host if host <= forecast.HOST_SHARE * machine.ram_free_bytes else 0
     return Largest(most(lambda n: with_(batch=max(n, 1))), context, ranks, offloaded)

@@ -87,9 +87,9 @@ def head(rows: int, s: Sizes) -> int:
     return rows * s.hidden * s.size * 3 + min(CHUNK, rows * s.vocab * s.size)
 
 
-def host(level: int, rows: int, s: Sizes) -> int:
-    """Bytes of host RAM for the layer inputs of a step, and what else is kept of that width: attention outputs, x_mid."""
-    return s.layers * rows * s.size * _wide(level, s)
+def host(level: int, rows: int, s: Sizes, layers: int) -> int:
+    """Bytes of host RAM for the inputs of `layers` layers, and what else is kept of that width: attention outputs, x_mid."""
+    return layers * rows * s.size * _wide(level, s)
 
 
 def _wide(level: int, s: Sizes) -> int:
@@ -115,7 +115,7 @@ def step(
     groups: int | None = None,
     parked: bool = False,
     normed: bool = False,
-    richer: tuple[int, int] = (0, 0),
+    richer: tuple[int, int, bool] = (0, 0, False),
 ) -> dict[str, int]:
     """Bytes by part that a training step adds to the loaded model.
 
@@ -124,15 +124,16 @@ def step(
         copy: NF4 weights are held in 16 bits too.
         optimizer_bytes: of the optimizer's state, for one LoRA parameter.
         parked: the embedding is moved to host RAM, which gives its bytes back.
-        richer: (layers, level): so many of the layers keep what that level says instead.
+        richer: (layers, level, offload): so many of the layers keep what that level says instead, in host RAM or not.
     """
     on_device = kept(level, s, normed) - (s.size * _wide(level, s) if offload else 0)
     work = working(level, rows, s, tile) if groups is None else lean(level, rows, s, tile or rows, groups)
-    some, theirs = richer
+    some, theirs, away = richer
+    of_richer = kept(theirs, s) - (s.size * _wide(theirs, s) if away else 0)
     if some and (theirs < 2 or groups is None):
         work = max(work, working(theirs, rows, s, tile))
     parts = {
-        "kept activations": rows * ((s.layers - some) * on_device + some * kept(theirs, s)),
+        "kept activations": rows * ((s.layers - some) * on_device + some * of_richer),
         "working memory": max(work, head(rows, s) + (2 * rows * s.hidden * s.size if groups else 0)),
         "LoRA gradients": s.lora * s.lora_bytes * (1 if groups else 2),  # a recorded step holds its own beside the parameters'
         "optimizer": round(s.lora * optimizer_bytes),

@@ -22,6 +22,7 @@ import torch
 
 from nbkit.hardware import forecast
 from nbkit.hardware.forecast import HOST_SHARE, TILE
+from nbkit.hardware.probe import ram
 from nbkit.models.layer.keep import DEFAULT, Keep
 
 MARGIN = 0.03  # of the free memory: fragments, and what the forecast does not know
@@ -53,6 +54,12 @@ class Plan:
     host: int = 0
     richer: Keep | None = None
     count: int = 0
+
+    def on_host(self, layers: int) -> tuple[int, int]:
+        """Of how many of the `layers` layers the inputs, and of how many the attention outputs, lie in host RAM."""
+        kinds = [(self.keep, layers - self.count), (self.richer or self.keep, self.count)]
+        away = [(keep, count) for keep, count in kinds if keep.offload]
+        return sum(count for _, count in away), sum(count for keep, count in away if keep.attention)
 
     def __str__(self) -> str:
         extra = f", the last {self.count} layers {self.richer}" if self.count else ""
@@ -158,7 +165,7 @@ def choose(
     room = int(free * (1 - MARGIN)) - RESERVE
     passed, least = [], None
     for keep, copy, park in candidates(sizes, rows, four_bit=four_bit, checkpointed=checkpointed):
-        on_host = forecast.host(keep.level, rows, sizes) if keep.offload else 0
+        on_host = _host(keep, rows, sizes, sizes.layers)
         if (park and not may_park) or on_host > HOST_SHARE * host:
             continue
         plan = Plan(keep, copy, rows, 0, free, "", park, on_host)
@@ -166,7 +173,7 @@ def choose(
         plan = replace(plan, needed=needs())
         if plan.needed <= room:
             if passed and not checkpointed:
-                plan = _fill(plan, sizes, room, needs)
+                plan = _fill(plan, sizes, room, int(HOST_SHARE * host), needs)
             return _because(plan, passed, checkpointed)
         passed.append(plan)
         least = plan if least is None or plan.needed < least.needed else least
@@ -175,9 +182,14 @@ def choose(
 
 
 def _needs(
-    plan: Plan, sizes: forecast.Sizes, four_bit: bool, optimizer_bytes: float, stepped: bool, richer: tuple[int, int] = (0, 0)
+    plan: Plan,
+    sizes: forecast.Sizes,
+    four_bit: bool,
+    optimizer_bytes: float,
+    stepped: bool,
+    richer: tuple[int, int, bool] = (0, 0, False),
 ) -> int:
-    """Bytes beyond the loaded model; `richer`: so many layers keep what that level says."""
+    """Bytes beyond the loaded model; `richer`: so many layers keep what that level says, in host RAM or not."""
     keep = plan.keep
     parts = forecast.step(
         keep.level, plan.rows, sizes, four_bit=four_bit, copy=plan.copy, offload=keep.offload, tile=keep.tile, groups=keep.groups,
@@ -186,16 +198,30 @@ def _needs(
     return sum(n for name, n in parts.items() if not (stepped and name in ("LoRA gradients", "optimizer")))
 
 
-def _fill(plan: Plan, sizes: forecast.Sizes, room: int, needs: Callable[..., int]) -> Plan:
-    """The plan whose last layers keep more, as many as there is room for: of the levels, the one that saves the most work."""
+def _fill(plan: Plan, sizes: forecast.Sizes, room: int, host: int, needs: Callable[..., int]) -> Plan:
+    """The plan whose last layers keep more, as many as there is room for: of the levels, the one that saves the most work.
+
+    Long rows may keep their attention outputs in host RAM for as many layers as `host` bytes of it take.
+    """
     base, best, most = plan.keep, plan, 0
-    for level in range(base.level):
-        keep = Keep(level, base.tile, False, base.groups if level > 1 else None)
-        count = max((n for n in range(1, sizes.layers) if needs(richer=(n, level)) <= room), default=0)
-        saved = count * (forecast.repeated(base.level, plan.rows, sizes) - forecast.repeated(level, plan.rows, sizes))
+    richer = [Keep(level, base.tile, False, base.groups if level > 1 else None) for level in range(base.level)]
+    if base.offload and plan.rows > LONG:
+        richer += [replace(base, level=3)] if base.level > 3 else []
+    for keep in richer:
+        more = _host(keep, plan.rows, sizes, 1) - _host(base, plan.rows, sizes, 1)
+        most_here = (host - plan.host) // more if more > 0 else sizes.layers
+        fitting = (n for n in range(1, sizes.layers) if n <= most_here and needs(richer=(n, keep.level, keep.offload)) <= room)
+        count = max(fitting, default=0)
+        saved = count * (forecast.repeated(base.level, plan.rows, sizes) - forecast.repeated(keep.level, plan.rows, sizes))
         if saved > most:
-            most, best = saved, replace(plan, richer=keep, count=count, needed=needs(richer=(count, level)))
+            needed = needs(richer=(count, keep.level, keep.offload))
+            most, best = saved, replace(plan, richer=keep, count=count, needed=needed, host=plan.host + count * more)
     return best
+
+
+def _host(keep: Keep, rows: int, sizes: forecast.Sizes, layers: int) -> int:
+    """Bytes of host RAM for so many layers."""
+    return forecast.host(keep.level, rows, sizes, layers) if keep.offload else 0
 
 
 def _because(plan: Plan, passed: list[Plan], checkpointed: bool, why: str = "") -> Plan:
@@ -221,10 +247,8 @@ def free_bytes(device: torch.device) -> int:
 
 
 def free_host_bytes() -> int:
-    """Host RAM that is free, bytes."""
-    import psutil
-
-    return int(psutil.virtual_memory().available)
+    """Host RAM that is free, bytes; in a container what its limit leaves."""
+    return ram()[1]
 
 
 def sizes_of(binding: Any) -> tuple[forecast.Sizes, bool]:

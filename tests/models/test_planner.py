@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -49,7 +51,8 @@ def test_every_candidate_needs_less_than_the_ones_it_replaces():
 def test_host_memory_is_taken_only_where_it_is_there():
     rich = choose(EIGHT, 32768, 10 * GIB, four_bit=True, host=64 * GIB)
     poor = choose(EIGHT, 32768, 10 * GIB, four_bit=True, host=2 * GIB)
-    assert rich.keep.offload and rich.host == forecast.host(rich.keep.level, 32768, EIGHT) and "host RAM" in str(rich)
+    assert rich.keep.offload and "host RAM" in str(rich) and not rich.richer.offload
+    assert rich.host == forecast.host(rich.keep.level, 32768, EIGHT, EIGHT.layers - rich.count)
     assert not poor.keep.offload
 
 
@@ -89,6 +92,23 @@ def test_room_that_is_left_goes_to_the_last_layers():
     assert choose(EIGHT, 4096, 13 * GIB, four_bit=True).count > choose(EIGHT, 4096, 9 * GIB, four_bit=True).count
     assert choose(EIGHT, 4096, 140 * GIB, four_bit=True).count == 0
     assert choose(EIGHT, 4096, 9 * GIB, four_bit=True, checkpointed=True).count == 0
+
+
+def test_long_rows_keep_as_many_attention_outputs_as_host_memory_takes():
+    rows, each = 262144, 262144 * 4096 * 2
+    counts = []
+    for gib in (86, 100, 120, 160, 172):
+        plan = choose(EIGHT, rows, 17 * GIB, four_bit=True, host=gib * GIB, may_park=True, optimizer_bytes=2)
+        inputs, outputs = plan.on_host(EIGHT.layers)
+        counts.append(outputs)
+        assert plan.host == (inputs + outputs) * each <= forecast.HOST_SHARE * gib * GIB
+        if outputs:
+            assert inputs == EIGHT.layers and plan.needed <= 17 * GIB
+            assert plan.richer is None or plan.richer == replace(plan.keep, level=3)
+            assert plan.host + each > forecast.HOST_SHARE * gib * GIB or outputs == EIGHT.layers
+    assert counts[0] == 0 < counts[1] < counts[2] < counts[3] < counts[4] == EIGHT.layers
+    short = choose(EIGHT, 4096, int(1.2 * GIB), four_bit=True, host=100 * GIB, may_park=True, optimizer_bytes=2)
+    assert short.on_host(EIGHT.layers) == (EIGHT.layers - short.count, 0)  # on short rows attention is cheaper done again
 
 
 def test_more_repeated_work_for_less_memory():

@@ -198,9 +198,9 @@ class Binding:
         self.refresh()
         self.embedding.park(plan.park)
         if plan.keep.offload:
-            each = 1 if plan.keep.level == 4 else 2
-            size = rows * self.bound[0].parts.d * self.bound[0].parts.dtype.itemsize
-            self.memory_of_host().reserve(size, each * len(self.bound))
+            p, (inputs, outputs) = self.bound[0].parts, plan.on_host(len(self.bound))
+            size = rows * max(p.d, p.h * p.k if outputs else 0) * p.dtype.itemsize
+            self.memory_of_host().reserve(size, inputs + outputs)
 
     def may_park(self) -> bool:
         """Whether the embedding may lie in host RAM: it is not the head's own weight."""

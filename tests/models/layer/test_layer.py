@@ -66,7 +66,7 @@ def test_normed_rows_host_memory_head_groups_and_gradients_in_place(family, keep
 
 
 @pytest.mark.parametrize("keep", [Keep(2), Keep(4, 16, True, 1), Keep(4, None, False, 2)], ids=str)
-@pytest.mark.parametrize("richer", [Keep(0), Keep(0, 16), Keep(1), Keep(2, 16, False, 1)], ids=str)
+@pytest.mark.parametrize("richer", [Keep(0), Keep(0, 16), Keep(1), Keep(2, 16, False, 1), Keep(3, 16, True, 1)], ids=str)
 def test_last_layers_that_keep_more_change_nothing(keep, richer):
     model, inputs = lora("llama"), batch(padded=True)
     loss, grads = step(model, **inputs)
