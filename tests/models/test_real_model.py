@@ -1,9 +1,11 @@
 """The embedded SmolLM2, with real text: loss and all gradients of every setting that training may take, against the stock model.
 
 What is right says a float64 copy of the very same weights (NF4 dequantised), with a loss in float64; by the rule of
-`nbkit/models/closeness.py` ours may err twice as much as stock does, plus a tolerance. On a GPU each setting runs in float32,
-bfloat16, float16 and NF4, eager and recorded; on a CPU in float32. A machine without a network takes the model from nbkit's
-cache (`benchmarks/carry_model.py` brings it there in pieces).
+`nbkit/models/closeness.py` ours may err twice as much as stock does, plus a tolerance. In 16 bits one tensor's error is one
+draw of roundings that thirty layers amplify (on one batch, stock under autocast errs 0.3 to 2.7 times as much as stock): there
+errors are pooled over several draws of the adapters. On a GPU each setting runs in float32, bfloat16, float16 and NF4, eager and
+recorded; on a CPU in float32. A machine without a network takes the model from nbkit's cache (`benchmarks/carry_model.py`
+brings it there in pieces).
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from tests.models.layer.rig import TARGETS, fill
 
 WIDTH, ROWS = 512, 4  # tokens of a pack; rows of a padded batch
 WEIGHTS = ["float32", "bfloat16", "float16", "nf4"]
+DRAWS = 5  # of the adapters in 16 bits
 
 
 @dataclass(frozen=True)
@@ -128,35 +131,54 @@ def exact_loss(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
 
 
 class Case:
-    """One model with what is right, and what stock gives, for a padded batch and for a pack."""
+    """One model with what is right, and what stock gives, for a padded batch and for a pack, with adapters of each draw."""
 
     def __init__(self, weights: str, device: str) -> None:
         self.weights, self.model = weights, model_of(weights, device)
+        self.tolerance = TOLERANCE[torch.bfloat16 if weights == "nf4" else getattr(torch, weights)]
+        self.draws = range(1 if weights == "float32" else DRAWS)
         self.inputs = {packed: inputs_of(packed, device, seed=5 * packed) for packed in (False, True)}
-        self.truth: dict[bool, Measured] = {}
-        self.stock: dict[bool, Measured] = {}
-        copy, where = twin.wide(self.model, torch.float64)
-        assert copy is not None and not where
-        for packed, inputs in self.inputs.items():
-            plain = seen_by_stock(inputs)
-            self.truth[packed] = measure(copy, plain, lambda model, plain=plain: exact_loss(model, plain))
-            self.stock[packed] = measure(self.model, plain)
+        self.truth: dict[bool, list[Measured]] = {False: [], True: []}
+        self.stock: dict[bool, list[Measured]] = {False: [], True: []}
+        for draw in self.draws:
+            fill(self.model, draw)
+            copy, where = twin.wide(self.model, torch.float64)
+            assert copy is not None and not where
+            for packed, inputs in self.inputs.items():
+                plain = seen_by_stock(inputs)
+                self.truth[packed].append(measure(copy, plain, lambda model, plain=plain: exact_loss(model, plain)))
+                self.stock[packed].append(measure(self.model, plain))
 
-    def check(self, ours: Measured, packed: bool) -> None:
-        truth, theirs = self.truth[packed], self.stock[packed]
-        tolerance = TOLERANCE[torch.bfloat16 if self.weights == "nf4" else getattr(torch, self.weights)]
-        size = abs(float(truth.loss))
-        allowed = 2 * abs(float(theirs.loss) - float(truth.loss)) + tolerance * size
+    def check(self, ours: Measured, packed: bool, draw: int = 0) -> None:
+        """The loss, and all gradients as one vector, as an optimizer sees them."""
+        truth, theirs = self.truth[packed][draw], self.stock[packed][draw]
+        allowed = 2 * abs(float(theirs.loss) - float(truth.loss)) + self.tolerance * abs(float(truth.loss))
         assert abs(float(ours.loss) - float(truth.loss)) <= allowed
         assert len(truth.grads) == 2 * 7 * 30 and ours.grads.keys() == truth.grads.keys() == theirs.grads.keys()
-        gaps = {name: by_norm(ours.grads[name], theirs.grads[name], truth.grads[name], tolerance) for name in truth.grads}
+        mine, stock, right = (flat(one) for one in (ours, theirs, truth))
+        gap = by_norm(mine, stock, right, self.tolerance)
+        assert gap.ok, f"all gradients err {gap.ours / gap.truth:.2e} of their norm, stock {gap.eager / gap.truth:.2e}"
+        # Rounding does not excuse a bias that every tensor shares: the square of twice the angle.
+        angles = [1 - functional.cosine_similarity(one, right, 0).item() for one in (mine, stock)]
+        assert angles[0] <= 4 * angles[1] + self.tolerance**2, angles
+
+    def check_each(self, ours: list[Measured], packed: bool) -> None:
+        """Every gradient by itself, over all draws."""
+        truth, theirs = self.truth[packed], self.stock[packed]
+        assert len(ours) == len(truth)
+
+        def pooled(found: list[Measured], name: str) -> torch.Tensor:
+            return torch.stack([one.grads[name].double() for one in found])
+
+        names = truth[0].grads
+        gaps = {n: by_norm(pooled(ours, n), pooled(theirs, n), pooled(truth, n), self.tolerance) for n in names}
         worst = max(gaps, key=lambda name: gaps[name].ratio)
         gap = gaps[worst]
         assert gap.ok, f"{worst} errs {gap.ours / gap.truth:.2e} of its norm, stock {gap.eager / gap.truth:.2e}"
-        # All gradients as one vector, as an optimizer sees them: rounding does not excuse a bias that every tensor shares.
-        vectors = [torch.cat([one.grads[n].double().flatten() for n in truth.grads]) for one in (ours, theirs, truth)]
-        mine, stock = (1 - functional.cosine_similarity(one, vectors[2], 0).item() for one in vectors[:2])
-        assert mine <= 4 * stock + tolerance**2, (mine, stock)  # the square of twice the angle
+
+
+def flat(found: Measured) -> torch.Tensor:
+    return torch.cat([found.grads[name].double().flatten() for name in sorted(found.grads)])
 
 
 def set_up(case: Case, setting: Setting) -> Any:
@@ -173,9 +195,15 @@ def set_up(case: Case, setting: Setting) -> Any:
 def run(case: Case, setting: Setting) -> None:
     binding = set_up(case, setting)
     graphs = vars(case.model.get_base_model()).get(GRAPHS)
+    measured = []
     try:
-        for _ in range(5 if setting.recorded else 2):  # a shape's first batch may attend otherwise; the third is recorded
-            case.check(measure(case.model, case.inputs[setting.packed]), setting.packed)
+        for draw in case.draws:
+            fill(case.model, draw)
+            for _ in range((5 if setting.recorded else 2) if not draw else 1):  # a shape's first batch may attend otherwise;
+                found = measure(case.model, case.inputs[setting.packed])  # the third is recorded
+                case.check(found, setting.packed, draw)
+            measured.append(found)
+        case.check_each(measured, setting.packed)
         assert binding.how and not binding.reasons and not binding.asides
         assert not setting.recorded or (graphs is not None and graphs.recorded), graphs.note
     finally:
@@ -206,39 +234,44 @@ def test_every_setting_on_a_gpu(on_gpu: Case, setting: Setting) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packs"])
 def test_steps_of_the_8_bit_optimizer_on_a_gpu(on_gpu: Case, packed: bool) -> None:
-    """Clipping and nbkit's AdamW8bit, recorded, against the same over the stock model; ten fresh batches, adapters put back."""
+    """Clipping and nbkit's AdamW8bit, recorded, against the same over the stock model; ten fresh batches, adapters put back.
+
+    How far two right ways part in 16 bits says the stock model with its other attention.
+    """
     if on_gpu.weights == "float16":
         pytest.skip("float16 trains with a scaler")
+    stock = ten_steps(on_gpu.model, packed)
+    on_gpu.model.set_attn_implementation("eager")
+    other = ten_steps(on_gpu.model, packed)
+    on_gpu.model.set_attn_implementation("sdpa")
+    nbkit.patch(on_gpu.model)
+    ours = ten_steps(on_gpu.model, packed)
+    nbkit.unpatch(on_gpu.model)
+    apart, control = ([a - b for a, b in zip(one, stock, strict=True)] for one in (ours, other))
+    most, mean = (1e-3, 2e-4) if on_gpu.weights == "float32" else (2e-2, 5e-3)
+    assert max(map(abs, apart)) <= most + 2 * max(map(abs, control)), (apart, control)
+    assert abs(sum(apart)) / 10 <= mean + 2 * abs(sum(control)) / 10, (apart, control)
+    assert stock[-1] < stock[0]
+
+
+def ten_steps(model: Any, packed: bool) -> list[float]:
+    """Losses of ten steps from the adapters of draw 0, which are there again afterwards."""
     from nbkit.training.optim import AdamW8bit
 
-    model = on_gpu.model
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    losses = []
-    for ours in (False, True):
-        if ours:
-            nbkit.patch(model)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = AdamW8bit(trained, lr=2e-4)
-        seen = []
-        for seed in range(10):
-            inputs = inputs_of(packed, "cuda", seed)
-            loss = model(**(inputs if ours else seen_by_stock(inputs)), use_cache=False).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            seen.append(loss.item())
-        losses.append(seen)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if p.requires_grad:
-                    p.copy_(before[name])
-    nbkit.unpatch(model)
-    apart = [a - b for a, b in zip(losses[1], losses[0], strict=True)]
-    # 8-bit states turn a rounding into another code: steps part a little more than gradients do.
-    most, mean = (1e-3, 2e-4) if on_gpu.weights == "float32" else (3e-2, 1e-2)
-    assert max(map(abs, apart)) <= most and abs(sum(apart) / len(apart)) <= mean, losses
-    assert losses[0][-1] < losses[0][0]
+    fill(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, seen = AdamW8bit(trained, lr=2e-4), []
+    patched = binding_of(model) is not None
+    for seed in range(10):
+        inputs = inputs_of(packed, "cuda", seed)
+        loss = model(**(inputs if patched else seen_by_stock(inputs)), use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(loss.item())
+    fill(model)
+    return seen
 
 
 # -- on a CPU ------------------------------------------------------------------------------------------------------------
@@ -266,9 +299,12 @@ def test_a_wrong_gradient_is_found(on_cpu: Case) -> None:
     right = measure(on_cpu.model, on_cpu.inputs[False])
     nbkit.unpatch(on_cpu.model)
     on_cpu.check(right, False)
+    on_cpu.check_each([right], False)
     name = next(n for n in right.grads if "layers.17.mlp.up_proj.lora_B" in n)
     with pytest.raises(AssertionError, match="layers.17.mlp.up_proj.lora_B"):
-        on_cpu.check(Measured(right.loss, {**right.grads, name: right.grads[name] * 1.005}), False)
+        on_cpu.check_each([Measured(right.loss, {**right.grads, name: right.grads[name] * 1.005})], False)
+    with pytest.raises(AssertionError, match="all gradients"):
+        on_cpu.check(Measured(right.loss, {n: g * 1.005 for n, g in right.grads.items()}), False)
     with pytest.raises(AssertionError):
         on_cpu.check(Measured(right.loss * (1 + 5e-5), right.grads), False)
     with pytest.raises(AssertionError):
