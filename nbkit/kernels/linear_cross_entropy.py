@@ -295,6 +295,7 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     chunk_bytes: int = CHUNK_BYTES,
     labelled_only: bool = True,
+    index: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross-entropy, in nats, of labels (N,) under the logits hidden (N, D) @ weight (V, D)^T.
 
@@ -306,6 +307,7 @@ def linear_cross_entropy(
         softcap, logit_scale: z = softcap * tanh(logit_scale * x / softcap).
         chunk_bytes: most bytes of logits that exist at a time.
         labelled_only: False projects every row, which spares a wait for the device to count them (a CUDA graph has to).
+        index: the labelled rows, int64 (labelled,), ascending, where they are known already; found here otherwise.
     Without any label the loss is 0 and so are its gradients. Under autocast the product is made in autocast's dtype.
     Raises: ValueError for shapes, dtypes or a reduction that do not fit.
     """
@@ -321,7 +323,7 @@ def linear_cross_entropy(
         raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}; they must be alike.")
     spec = _Spec(softcap, logit_scale, chunk_bytes, uniform=reduction != "none", grad=torch.is_grad_enabled())
     if labelled_only:
-        index = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+        index = (labels != IGNORE_INDEX).nonzero().squeeze(1) if index is None else index
         count: int | torch.Tensor = len(index)
     else:
         index, count = labels, (labels != IGNORE_INDEX).sum().clamp(min=1)  # only the length of this index is read

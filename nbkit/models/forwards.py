@@ -26,7 +26,7 @@ from nbkit.kernels.rope import rope
 from nbkit.kernels.swiglu import swiglu
 from nbkit.models.asked import MARK as ASKED
 from nbkit.models.graphs import Pack
-from nbkit.models.head import head_loss, logits
+from nbkit.models.head import head_loss, logits, targets_of
 from nbkit.models.layer.adapters import OURS
 from nbkit.models.layer.bind import LAST, causal_only
 from nbkit.models.layer.bind import MARK as LAYER_MARK
@@ -167,7 +167,7 @@ def _causal_lm(
         loss, hidden = recorded
         made = LossOutput(loss=loss)
     else:
-        decoder = self.get_submodule(family.decoder.base)
+        decoder, wanted = self.get_submodule(family.decoder.base), targets_of(self, family, targets)
         try:
             outputs = decoder(**inputs, **kwargs)
         finally:
@@ -175,7 +175,7 @@ def _causal_lm(
             if binding is not None:  # as it is in a copy
                 binding.looked = False  # also where the forward failed before it came to the layers
         hidden = outputs.last_hidden_state
-        loss = head_loss(self, family, hidden, targets, items)
+        loss = head_loss(self, family, hidden, wanted, items)
         made = LossOutput(
             loss=loss,
             past_key_values=outputs.past_key_values,

@@ -17,32 +17,63 @@ from nbkit.models.layer.adapters import base_of
 SMALL_HEAD = 3e11  # rows times weights of the head: 1.5 ms of an H200, forward and backward
 
 
+class Targets:
+    """What each row of a step is to predict: labels (N,) int64, -100 for none.
+
+    Which rows have a label is asked of the device before it is given the layers' work, so that by the time of the loss the
+    answer is there; else the host would wait for the whole forward. `every`: all rows are to be projected, nothing is asked.
+    """
+
+    def __init__(self, labels: torch.Tensor, every: bool = False) -> None:
+        self.labels, self.every = labels, every
+        self.order = self.count = self.counted = None
+        if labels.is_cuda and not every:
+            wanted = labels != IGNORE_INDEX
+            self.order = torch.sort(wanted, descending=True, stable=True).indices
+            self.count = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(wanted.sum(), non_blocking=True)
+            self.counted = torch.cuda.current_stream(labels.device).record_event()
+
+    @property
+    def index(self) -> torch.Tensor:
+        """The labelled rows, ascending, int64."""
+        if self.order is None or self.count is None or self.counted is None:
+            return (self.labels != IGNORE_INDEX).nonzero().squeeze(1)
+        self.counted.synchronize()
+        return self.order[: int(self.count)]
+
+
+def targets_of(model: nn.Module, family: Family, labels: torch.Tensor) -> Targets:
+    """The targets of a step, labels (B, T), on the head's device; to be called before its forward."""
+    head: Any = head_of(model, family)
+    if plain_head(head) is not None:
+        return Targets(labels.reshape(-1))
+    rows = labels.reshape(-1).to(head.weight.device)
+    return Targets(rows, every=host_sets_pace(rows, head.weight))
+
+
 def head_loss(
-    model: nn.Module, family: Family, hidden: torch.Tensor, targets: torch.Tensor, num_items: float | torch.Tensor | None
+    model: nn.Module, family: Family, hidden: torch.Tensor, targets: Targets, num_items: float | torch.Tensor | None
 ) -> torch.Tensor:
-    """Mean cross-entropy of the rows of hidden (B, T, D) that have a target (B, T), or their sum over `num_items`."""
+    """Mean cross-entropy of the rows of hidden (B, T, D) that have a target, or their sum over `num_items`."""
     head: Any = head_of(model, family)
     softcap, scale = shaping(model, family)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    targets = targets.reshape(-1).to(rows.device)
     if plain_head(head) is None:
-        if rows.device != head.weight.device:
-            rows, targets = rows.to(head.weight.device), targets.to(head.weight.device)
         return linear_cross_entropy(
-            rows, head.weight, targets, num_items=num_items, softcap=softcap, logit_scale=scale,
-            labelled_only=not host_sets_pace(rows, head.weight),
+            rows.to(head.weight.device), head.weight, targets.labels, num_items=num_items, softcap=softcap, logit_scale=scale,
+            labelled_only=not targets.every, index=None if targets.every else targets.index,
         )  # fmt: skip
-    index = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-    z = _shaped(head(rows[index]).float(), softcap, scale)
-    losses = functional.cross_entropy(z, targets[index].to(z.device), reduction="sum")
+    index = targets.index
+    z = _shaped(head(rows[index.to(rows.device)]).float(), softcap, scale)
+    losses = functional.cross_entropy(z, targets.labels[index].to(z.device), reduction="sum")
     count = max(len(index), 1) if num_items is None else num_items
     return losses / (count.to(losses.device).clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
 
 
 def host_sets_pace(rows: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether projecting every row (N, D) by a head (V, D) costs less than the wait for the device to count those with a label.
+    """Whether projecting every row (N of `rows`) by a head (V, D) costs less than asking the device which have a label.
 
-    Until the wait is over the host asks for nothing more; on a fast GPU that is some milliseconds of a small step.
+    In a small step the host is not far ahead of the device, so it would wait for the answer, and each launch counts.
     """
     return rows.is_cuda and len(rows) * weight.numel() <= SMALL_HEAD and capability_of(rows) >= (9, 0)
 
