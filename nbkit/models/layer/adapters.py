@@ -104,6 +104,7 @@ class Watch:
             if "scaling" not in state:
                 continue
             self._see(state, "training")
+            self._see(state, "scaling")
             self.merged.append((module.merged_adapters, bool(module.merged_adapters)))
             for adapter in module.active_adapters:
                 if adapter in module.lora_A:

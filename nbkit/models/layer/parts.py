@@ -44,9 +44,7 @@ class Parts:
             raise Unfit("q, k and v have other sizes than the config says")
         if float(getattr(attention, "attention_dropout", 0.0) or 0.0) > 0:
             raise Unfit(f"attention_dropout is {attention.attention_dropout}")
-        if len({g.dtype for g in self.groups}) != 1:
-            raise Unfit("the linears compute in different dtypes")
-        self.dtype: torch.dtype = self.qkv.dtype
+        self.dtype = self._dtype()
 
     def refresh(self) -> bool:
         """Read the adapters again; True if any changed. Raises: Unfit."""
@@ -57,6 +55,7 @@ class Parts:
         for group in self.groups:
             changed |= group.refresh()
             group.bring_bias()
+        self.dtype = self._dtype()
         seen = (hooks_made(), *(vars(module).get("forward") for module in (*self.blocks, *norms)))
         if changed or self.odd is not None or seen != self.seen:
             self.odd, self.seen = foreign(self._inside()), seen
@@ -73,6 +72,12 @@ class Parts:
         self.norms, self.norms_trained, *of_groups = used
         for group, one in zip(self.groups, of_groups, strict=True):
             group.use(one)
+
+    def _dtype(self) -> torch.dtype:
+        """In which the linears compute. Raises: Unfit where they differ."""
+        if len({g.dtype for g in self.groups}) != 1:
+            raise Unfit("the linears compute in different dtypes")
+        return self.qkv.dtype
 
     def _norms(self) -> tuple[Any, Any]:
         first, second = (base_of(self.layer.get_submodule(name)) for name in self.norm_names)

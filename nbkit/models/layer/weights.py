@@ -103,6 +103,9 @@ class Group:
         self.terms: list[Term] = []
         self.own: list[Own] = []
         self.rank = 0  # border columns in use, padded to RANK_STEP
+        self.bias: Tensor | None = None
+        self.shares_bias = False  # whether the modules' biases are parts of it
+        self.places: list[tuple[dict[str, Any], str, Tensor, int]] = []  # weights and biases, as they were last seen
         self._watch: Watch | None = None
         self._views: Views | None = None
         self._look_at([base_of(parent.get_submodule(n)) for n in names])
@@ -114,6 +117,8 @@ class Group:
         odd = next((b for b in bases if not isinstance(b, nn.Linear)), None)
         if odd is not None:
             raise Unfit(f"one of {names} is a {_kind(odd)}, not a plain or NF4 linear")
+        if any(b._parameters.get("weight") is None for b in bases):
+            raise Unfit(f"the weight of {names} is made anew in each forward (pruned or parametrized)")
         self.bases = bases
         self.sizes = tuple(b.out_features for b in bases)
         self.inputs, self.outputs = bases[0].in_features, sum(self.sizes)
@@ -142,11 +147,18 @@ class Group:
             raise Unfit(f"{', '.join(self.names)} compute in different dtypes")
         return next(iter(found))
 
-    def _bias(self, bases: Sequence[nn.Module]) -> Tensor | None:
+    def _bias(self, bases: Sequence[Any]) -> Tensor | None:
+        """The biases side by side; where all are there in the dtype of the products, they become parts of it."""
+        self.shares_bias = False
         if all(b.bias is None for b in bases):
             return None
         parts = [b.bias if b.bias is not None else b.weight.new_zeros(b.out_features) for b in bases]
-        return torch.cat([p.detach().to(self.dtype) for p in parts])
+        found = torch.cat([p.detach().to(self.dtype) for p in parts])
+        if all(b.bias is not None and b.bias.dtype == self.dtype for b in bases):
+            for base, part in zip(bases, found.split(self.sizes), strict=True):
+                base.bias.data = part
+            self.shares_bias = True
+        return found
 
     # -- what the layer reads ------------------------------------------------------------------------------------------
 
@@ -156,6 +168,8 @@ class Group:
             return False
         modules = self.parent._modules
         self._follow([base_of(modules[n]) for n in self.names])
+        if not self.in_place():  # moved, cast, merged or replaced
+            self._look_at(self.bases)
         found: list[Term] = []
         start = offset = 0
         own: list[Own] = []
@@ -165,10 +179,6 @@ class Group:
             of_linear = terms(module, start, start + size, offset, name)
             found += of_linear
             start, offset = start + size, offset + sum(t.rank for t in of_linear)
-        self.device = self.bases[0].weight.device
-        if self.nf4 and not self.in_place():  # the model was moved
-            self.packed = [Nf4.of(base.weight) for base in self.bases]
-            self.buffer = None
         self._take(Used(found, own, self.bases))
         self._watch = Watch(self.parent, self.names)
         return True
@@ -177,15 +187,15 @@ class Group:
         self.used, self.terms, self.own = used, used.terms, used.own
         self.rank = round_up(max((t.offset + t.rank for t in used.terms), default=0), RANK_STEP)
         self._adopt()
+        held = [(base._parameters, name) for base in self.bases for name in ("weight", "bias")]
+        self.places = [(of, name, p, p.data_ptr()) for of, name in held if (p := of[name]) is not None]
 
     def _follow(self, bases: list[Any]) -> None:
         """Take the linears that are in use now, where PEFT has switched to or from a trained copy. Raises: Unfit."""
         left = [base for base in self.bases if all(base is not one for one in bases)]
         if not left:
             return
-        if self.buffer is not None and not self.nf4:
-            for base in left:
-                base.weight.data = base.weight.detach().clone(memory_format=torch.contiguous_format)
+        self._give_back(left)
         self.buffer = None
         self.scratch.owner.pop(self.name, None)
         self._look_at(bases)
@@ -198,8 +208,8 @@ class Group:
         return [] if weight is None and bias is None else [Own(weight, bias, start, stop)]
 
     def bring_bias(self) -> None:
-        """Where a bias is trained, the side-by-side copy of them follows it."""
-        if any(o.bias is not None for o in self.own):
+        """Biases that are no parts of the one here (bitsandbytes may hold them in another dtype) are copied again."""
+        if self.bias is not None and not self.shares_bias:
             self.bias = self._bias(self.bases)
 
     def parameters(self) -> list[Tensor]:
@@ -217,19 +227,17 @@ class Group:
         self._take(used)
 
     def in_place(self) -> bool:
-        """Whether the modules' weights are where they were last seen; `model.to()` would have given them new storage."""
-        place = self.packed[0].data if self.nf4 else self.buffer
-        return place is not None and self.bases[0]._parameters["weight"].data_ptr() == place.data_ptr()
+        """Whether weights and biases are where they were last seen: `model.to()`, say, or a merge gives them new storage."""
+        return bool(self.places) and all(of.get(name) is p and p.data_ptr() == at for of, name, p, at in self.places)
 
     def report_to(self, everything: Watch) -> bool:
         """Add what `refresh` looks at; False if it has to be asked each time."""
-        if self._watch is None or any(o.bias is not None for o in self.own):
+        if self._watch is None or (self.bias is not None and not self.shares_bias):
             return False
         everything.add(self._watch)
         everything.places.append((vars(self), "_watch", self._watch))
-        base = self.bases[0]
-        everything.places.append((base._parameters, "weight", base._parameters["weight"]))
-        everything.addresses.append((base._parameters["weight"], base._parameters["weight"].data_ptr()))
+        everything.places += [place[:3] for place in self.places]
+        everything.addresses += [place[2:] for place in self.places]
         everything.addresses += [(p, p.data_ptr()) for t in self.terms for p in (t.a, t.b)]
         return True
 
@@ -307,11 +315,16 @@ class Group:
             self.copied, self.buffer, self._watch, self._views = wanted, None, None, None
 
     def release(self) -> None:
-        """Give each module its own contiguous weight back."""
-        if self.buffer is not None and not self.nf4 and self.in_place():
-            for base in self.bases:
-                base.weight.data = base.weight.detach().contiguous().clone()
-        self.buffer, self._watch, self._views = None, None, None
+        """Give each module its own contiguous weight and bias back."""
+        self._give_back(self.bases)
+        self.buffer, self._watch, self._views, self.places = None, None, None, []
+
+    def _give_back(self, bases: Sequence[nn.Module]) -> None:
+        """What of these linears is a part of a buffer here gets storage of its own, under whatever name it is held by now."""
+        ours = {t.untyped_storage().data_ptr() for t in (self.buffer, self.bias) if t is not None}
+        for p in (p for base in bases for p in base.parameters()):
+            if p.untyped_storage().data_ptr() in ours:
+                p.data = p.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _kind(thing: object) -> str:
