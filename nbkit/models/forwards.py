@@ -168,10 +168,12 @@ def _causal_lm(
         made = LossOutput(loss=loss)
     else:
         decoder, wanted = self.get_submodule(family.decoder.base), targets_of(self, family, targets)
+        binding = vars(decoder).get(LAYER_MARK)
+        if binding is not None and torch.is_grad_enabled() and use_cache is None and past_key_values is None:
+            inputs["use_cache"] = False  # who wants a loss to train on wants no cache, also in eval mode
         try:
             outputs = decoder(**inputs, **kwargs)
         finally:
-            binding = vars(decoder).get(LAYER_MARK)
             if binding is not None:  # as it is in a copy
                 binding.looked = False  # also where the forward failed before it came to the layers
         hidden = outputs.last_hidden_state

@@ -6,8 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from types import MethodType
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -18,17 +17,18 @@ from nbkit.kernels.lora_border import BorderWriter
 from nbkit.models import attention, planner
 from nbkit.models.embedding import Embedding
 from nbkit.models.layer.adapters import Unfit, Watch
-from nbkit.models.layer.forward import Call
-from nbkit.models.layer.function import GradientRows, LayerFunction
-from nbkit.models.layer.inputs import aside, causal_only, documents_of, mask_of
+from nbkit.models.layer.bound import MARK as MARK
+from nbkit.models.layer.bound import BoundLayer, forward
+from nbkit.models.layer.function import GradientRows
+from nbkit.models.layer.inputs import aside, causal_only, documents_of
 from nbkit.models.layer.inputs import autocast_differs as autocast_differs
 from nbkit.models.layer.keep import Keep
+from nbkit.models.layer.made import Place, as_made, layers_of, made_from
 from nbkit.models.layer.offload import Host
 from nbkit.models.layer.parts import Parts
-from nbkit.models.layer.stack import Stacks, attend
+from nbkit.models.layer.stack import Stacks
 from nbkit.models.layer.weights import Scratch
 
-MARK = "_nbkit_layers"  # instance attribute: of the decoder its Binding, of each layer its BoundLayer
 LAST = "_nbkit_last_norm"  # instance attribute of the norm after the layers: their Binding
 
 
@@ -40,7 +40,7 @@ class Binding:
     `keep` is what all layers keep; None: what the planner says.
     """
 
-    def __init__(self, decoder: nn.Module, layers: list[nn.Module], family: Family, config: Any) -> None:
+    def __init__(self, decoder: nn.Module, family: Family, config: Any) -> None:
         self.decoder, self.family, self.config, self.vocab = decoder, family, config, config.vocab_size
         self.scratch, self.rows, self.shapes = Scratch(), GradientRows(), attention.Shapes()
         self.reasons: dict[int, str] = {}
@@ -66,19 +66,29 @@ class Binding:
         self.tied = bool(getattr(config, "tie_word_embeddings", False))
         self.documents: attention.Documents | None = None  # of a pack, in a forward that has one
         self.causal: Tensor | None = None  # stands for the mask in a forward that needs none but the causal one
-        for index, layer in enumerate(layers):
-            try:
-                parts = Parts(layer, index, family, config, self.scratch)
-            except Unfit as reason:
-                self.reasons[index] = str(reason)
-                continue
-            self.bound.append(BoundLayer(self, parts))
+        self.stepping: int | None = None  # the thread whose training forward is under way
+        self.made: list[Place] = []
+        self._bind_layers()
         self.names = tuple(inspect.signature(type(decoder).forward).parameters)[1:]
         vars(decoder)[MARK] = self
         self._hooks = [
             decoder.register_forward_pre_hook(_before, with_kwargs=True),
             decoder.register_forward_hook(_after, always_call=True),
         ]
+
+    def _bind_layers(self) -> None:
+        """Bind every layer of the decoder that fits, as it is now."""
+        layers = list(layers_of(self.decoder, self.family))
+        self.made = made_from(self.decoder, self.family, self.config)
+        for index, layer in enumerate(layers):
+            try:
+                if sum(one is layer for one in layers) > 1:
+                    raise Unfit("the same layer runs at several places")
+                parts = Parts(layer, index, self.family, self.config, self.scratch)
+            except Unfit as reason:
+                self.reasons[index] = str(reason)
+                continue
+            self.bound.append(BoundLayer(self, parts))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_nothing, ())  # a copied or pickled model runs stock until it is patched itself
@@ -120,7 +130,13 @@ class Binding:
         """Read all adapters again; `version` goes up if anything changed."""
         if self.everything is not None and self.everything.fresh():
             return
-        changed = False
+        changed = not as_made(self.made)
+        if changed:  # layers, their blocks or their settings were replaced
+            for layer in self.bound:
+                layer.release()
+            self.bound.clear()
+            self.reasons.clear()
+            self._bind_layers()
         for layer in self.bound:
             changed |= layer.refresh()
         if changed or self.writer is None or self.writer.stale():
@@ -131,6 +147,7 @@ class Binding:
     def _everything(self) -> Watch | None:
         """What tells at the next forward that nothing changed; None where a full look is needed each time."""
         found = Watch()
+        found.places += self.made
         found.places += [(vars(self.decoder), key, vars(self.decoder).get(key)) for key in ("training", "gradient_checkpointing")]
         for bound in self.bound:
             layer = bound.parts.layer
@@ -140,11 +157,19 @@ class Binding:
         return found
 
     def before(self, kwargs: dict[str, Any]) -> None:
-        """At the start of each forward: bring the borders up to date, and say once for all layers what the mask is."""
+        """At the start of each training forward: bring the borders up to date, and say once for all layers what the mask is.
+
+        A forward without gradients runs stock and changes nothing here: it may come from another thread in the midst of a step.
+        """
+        if not torch.is_grad_enabled():
+            if self.stepping in (None, get_ident()):
+                self.rest()
+            return
+        self.stepping = get_ident()
         if not self.looked:
             self.refresh()
         self.looked = False
-        self.stands_aside = torch.is_grad_enabled() and bool(self.bound) and self._aside(kwargs)
+        self.stands_aside = bool(self.bound) and self._aside(kwargs)
         self.plan(kwargs)
         self.scratch.owner.clear()  # adapters may have been stepped since: what was dequantised with them is old
         self.writer.write()
@@ -153,11 +178,10 @@ class Binding:
         self.stacks.begin()
         if self.host is not None:
             self.host.begin()
-        training = torch.is_grad_enabled()
-        self.embedding.park(training and self.planner.parks and self.keep is None)
-        if not training or not self.bound:
+        self.embedding.park(self.planner.parks and self.keep is None)
+        if not self.bound:
             return
-        if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is None:
+        if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is None and self.decoder.training:
             kwargs["use_cache"] = False  # a cache of what is being trained on is of no use, and would be kept until the backward
         if self.reasons or self.stands_aside or not causal_only(kwargs.get("attention_mask")):
             return
@@ -166,12 +190,18 @@ class Binding:
             # A mask of four axes is handed to the layers as it is, so the stock decoder builds none.
             kwargs["attention_mask"] = self.causal = torch.empty(1, 1, 1, 1, device=self.bound[0].parts.qkv.device)
 
+    def rest(self) -> None:
+        """Between steps: whoever evaluates or generates may want the memory, and finds all weights on their device."""
+        self.stacks.rest()
+        with torch.inference_mode(False):  # what is moved is trained with later
+            self.embedding.park(False)
+
     def _aside(self, kwargs: dict[str, Any]) -> bool:
         """Whether the layers stand aside in this forward. Said once for each reason: it is slower than it could be."""
         parts = self.bound[0].parts
         weight = getattr(self.decoder.get_input_embeddings(), "weight", None)
         embedded = parts.dtype if weight is None else weight.dtype
-        why = aside(kwargs, parts.qkv.device.type, parts.dtype, embedded, self.config, bool(self.reasons))
+        why = aside(kwargs, parts.qkv.device.type, parts.dtype, embedded, self.config, bool(self.reasons), self.decoder.training)
         if why is not None and why not in self.asides:
             self.asides[why] = None
             warnings.warn(f"nbkit's fused layers stand aside, so training is slower than it could be: {why}.", stacklevel=2)
@@ -252,77 +282,8 @@ class Binding:
         vars(self.decoder).pop(MARK, None)
 
 
-class BoundLayer:
-    """One decoder layer whose instance runs `forward` below in place of its class's."""
-
-    def __init__(self, binding: Binding, parts: Parts) -> None:
-        self.binding, self.parts = binding, parts
-        self.params: list[Tensor] = []
-        self.unread = True  # whether `params` are to be read from the parts, whatever these say of changes
-        layer = vars(parts.layer)
-        self.before = layer.get("forward")  # what another library bound; None: the class's own
-        layer[MARK] = self
-        layer["forward"] = MethodType(forward, parts.layer)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_nothing, ())
-
-    def refresh(self) -> bool:
-        """True if the adapters changed. A reason to run stock goes to the binding's `reasons`."""
-        layer, reasons = self.parts.layer, self.binding.reasons
-        # Checkpointing is a level here. transformers' own would repeat the whole layer, which some versions wrap around this.
-        switched = self.binding.switched_on
-        try:
-            changed = self.parts.refresh() or self.unread
-        except Unfit as reason:
-            reasons[self.parts.index] = str(reason)
-            self.unread = True
-            _switch(layer, switched)
-            return True
-        if changed:
-            self.params, self.unread = self.parts.parameters(), False
-        reasons.pop(self.parts.index, None)
-        _switch(layer, False)
-        return changed
-
-    def stock(self, hidden: Tensor, **kwargs: Any) -> Any:
-        """The layer as it was before, checkpointed where transformers is told to and this layer was spared it."""
-        layer: Any = self.parts.layer
-        run = self.before or partial(type(layer).forward, layer)
-        fused = self.parts.index not in self.binding.reasons
-        if not (fused and self.binding.switched_on and layer.training and torch.is_grad_enabled()):
-            return run(hidden, **kwargs)
-        if kwargs.get("past_key_values") is not None:  # what a second forward would fill twice
-            return run(hidden, **kwargs)
-        return layer._gradient_checkpointing_func(partial(self._once, run, **kwargs), hidden)
-
-    def _once(self, run: Callable[..., Any], hidden: Tensor, **kwargs: Any) -> Any:
-        """`run` with transformers' switch off: at the backward a trainer may have turned it on again, and it would nest."""
-        layer: Any = self.parts.layer
-        on, layer.gradient_checkpointing = layer.gradient_checkpointing, False
-        try:
-            return run(hidden, **kwargs)
-        finally:
-            layer.gradient_checkpointing = on
-
-    def release(self) -> None:
-        layer = vars(self.parts.layer)
-        if layer.pop(MARK, None) is self and getattr(layer.get("forward"), "__func__", None) is forward:
-            del layer["forward"]
-            if self.before is not None:
-                layer["forward"] = self.before
-        _switch(self.parts.layer, self.binding.switched_on)
-        for group in self.parts.groups:
-            group.release()
-
-
 def _nothing() -> None:
     return None
-
-
-def _switch(layer: Any, on: bool) -> None:
-    if getattr(layer, "gradient_checkpointing", on) != on:
-        layer.gradient_checkpointing = on
 
 
 def _before(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -336,36 +297,8 @@ def _before(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
 
 def _after(decoder: nn.Module, args: tuple, output: Any) -> None:
     binding = vars(decoder).get(MARK)
-    if binding is not None:
-        binding.causal = binding.documents = binding.stacks.ahead = None
-
-
-def forward(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-    """The decoder layer's forward: fused where it can be, else the layer's own with the same arguments."""
-    bound: BoundLayer | None = vars(self).get(MARK)
-    if bound is None:  # a copy of a bound layer
-        return type(self).forward(self, hidden_states, attention_mask=attention_mask, **kwargs)
-    binding, parts = bound.binding, bound.parts
-    if hidden_states is binding.stacks.ahead:
-        return hidden_states
-    causal = attention_mask is not None and attention_mask is binding.causal
-    mask = None if causal else attention_mask
-    turned = kwargs.get("position_embeddings")
-    if parts.index in binding.reasons or binding.stands_aside or not torch.is_grad_enabled():
-        return bound.stock(hidden_states, attention_mask=mask, **kwargs)
-    if hidden_states.dtype != parts.dtype or turned is None or not (mask is None or isinstance(mask, Tensor) and mask.dim() == 4):
-        if causal:  # taken from the stock layers by `before`
-            mask = mask_of(binding.documents, parts.window, hidden_states)
-        return bound.stock(hidden_states, attention_mask=mask, **kwargs)
-    cos, sin = turned
-    if causal and (call := binding.stacks.call(bound, hidden_states, cos, sin)) is not None:
-        return binding.stacks.run(call, hidden_states, cos, sin)
-    b, t, _ = hidden_states.shape
-    how = attend(binding, parts, hidden_states, mask, binding.documents if causal else None)
-    keep = binding.keep_of(parts.index)
-    parcel = binding.memory_of_host().parcel() if keep.offload else None
-    call = Call(parts, keep, how, b, t, [], parcel)
-    return LayerFunction.apply(hidden_states, cos, sin, mask, call, binding.rows, *bound.params)
+    if binding is not None and torch.is_grad_enabled():
+        binding.causal = binding.documents = binding.stacks.ahead = binding.stepping = None
 
 
 def bind(model: nn.Module, family: Family) -> Binding:
@@ -374,7 +307,7 @@ def bind(model: nn.Module, family: Family) -> Binding:
     held = vars(decoder).get(MARK)
     if held is not None:
         return held
-    binding = Binding(decoder, list(model.get_submodule(family.decoder.layers)), family, model.config)
+    binding = Binding(decoder, family, model.config)
     binding.lead(model.get_submodule(family.decoder.final_norm))
     return binding
 

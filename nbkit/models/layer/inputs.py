@@ -11,7 +11,13 @@ from nbkit.models import attention
 
 
 def aside(
-    kwargs: dict[str, Any], device: str, dtype: torch.dtype, embedded: torch.dtype, config: Any, some_stock: bool
+    kwargs: dict[str, Any],
+    device: str,
+    dtype: torch.dtype,
+    embedded: torch.dtype,
+    config: Any,
+    some_stock: bool,
+    training: bool = True,
 ) -> str | None:
     """Why the fused layers stand aside in this training forward; None if they can take it.
 
@@ -23,9 +29,17 @@ def aside(
         dtype: in which the layers compute.
         embedded: of the embedding of tokens.
         some_stock: whether some layers run stock anyway.
+        training: whether the decoder is in training mode. In eval mode a cache that nobody has forbidden may be read.
     """
     if kwargs.get("past_key_values") is not None:
         return "keys and values from outside come with the batch (prefix tuning, a cache)"
+    if kwargs.get("use_cache"):
+        return "use_cache=True asks for keys and values, which fused layers do not hand out; leave it out"
+    if not training and kwargs.get("use_cache") is None and getattr(config, "use_cache", False):
+        return (
+            "the model is in eval mode with gradients on, where a cache may be wanted; call model.train() to train, "
+            "torch.no_grad() to evaluate"
+        )
     if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
         return "output_attentions asks for scores that a fused layer never holds"
     if autocast_differs(device, dtype):

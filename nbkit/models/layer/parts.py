@@ -11,6 +11,8 @@ from nbkit.families import Family
 from nbkit.models.layer.adapters import Unfit, Watch, base_of, foreign, hooks_made
 from nbkit.models.layer.weights import Group, Scratch
 
+SILU = ("SiLUActivation", "SiLU")  # torch's class and transformers' of it
+
 
 class Parts:
     """The parts of one decoder layer. Raises: Unfit where the layer is not of the declared form."""
@@ -40,6 +42,11 @@ class Parts:
         self.softcap = softcap_of(family, config)
         if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
             raise Unfit(f"the activation is {config.hidden_act}, not {family.mlp.activation}")
+        act = type(getattr(mlp, "act_fn", None)).__name__
+        if act not in (*SILU, "NoneType"):
+            raise Unfit(f"the activation is {act}, not {family.mlp.activation}")
+        if getattr(attention, "is_causal", True) is False or getattr(config, "is_causal", True) is False:
+            raise Unfit("attention is not causal (is_causal is False)")
         if self.qkv.sizes != (self.h * self.k, self.g * self.k, self.g * self.k):
             raise Unfit("q, k and v have other sizes than the config says")
         if float(getattr(attention, "attention_dropout", 0.0) or 0.0) > 0:

@@ -209,10 +209,13 @@ class Stacks:
         self.ahead: Tensor | None = None  # the last layer's output, in a forward whose first layer has run them all
 
     def begin(self) -> None:
-        """Call before each forward of the model."""
+        """Call before each training forward of the model."""
         self.ahead = None
-        if self.room is not None and not torch.is_grad_enabled():
-            self.room.slabs = None  # whoever evaluates or generates now may want the memory
+
+    def rest(self) -> None:
+        """Give back what the next step could use again: whoever evaluates or generates now may want the memory."""
+        if self.room is not None:
+            self.room.slabs = None
 
     def drop(self) -> None:
         """Give back what stays allocated between steps."""
