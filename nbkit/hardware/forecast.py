@@ -135,7 +135,8 @@ def step(
     parts = {
         "kept activations": rows * ((s.layers - some) * on_device + some * of_richer),
         "working memory": max(work, head(rows, s) + (2 * rows * s.hidden * s.size if groups else 0)),
-        "LoRA gradients": s.lora * s.lora_bytes * (1 if groups else 2),  # a recorded step holds its own beside the parameters'
+        # The parameters' own, and those that a recorded step's layers write; just that, with ranks in steps of 16.
+        "LoRA gradients": s.lora * s.lora_bytes * (1 if groups else 2),
         "optimizer": round(s.lora * optimizer_bytes),
     }
     if four_bit:

@@ -29,9 +29,11 @@ from nbkit.config import IGNORE_INDEX
 from nbkit.families import Family
 from nbkit.kernels._launch import power_of_two
 from nbkit.kernels.linear_cross_entropy import linear_cross_entropy
+from nbkit.models.capture import capture, forget, give_back, reason_of
 from nbkit.models.head import shaping
 from nbkit.models.layer import Binding
 from nbkit.models.layer.adapters import plain_tensors
+from nbkit.models.layer.arena import Arena, Place
 from nbkit.models.layer.bind import autocast_differs
 from nbkit.models.layer.weights import Scratch
 
@@ -101,16 +103,14 @@ class Recorded:
     scale: Tensor  # of the loss inside the graph
     loss: Tensor
     hidden: Tensor
-    flat: Tensor
+    flat: Tensor  # the gradients, as the layers' backward leaves them
+    places: list[Place]  # of each parameter's in it
     params: list[Tensor]
     scratch: Scratch  # what the step dequantises into
     follows: bool = False  # float16: `scale` follows the upstream gradient
     upstream: Tensor | None = None  # of the last backward
     pending: Any = None  # weak reference to the last replay's Pending
     last_used: int = 0
-
-    def __post_init__(self) -> None:
-        self.shapes, self.sizes = [p.shape for p in self.params], [p.numel() for p in self.params]
 
     def replay(self, ids: Tensor, targets: Tensor, items: float | Tensor | None, pack: Pack | None) -> Pending:
         """Run the step for these ids and targets. Its backward takes the gradients from what this returns."""
@@ -133,12 +133,12 @@ class Recorded:
 
 @dataclass
 class Graphs:
-    """The graphs of one model. `on`: whether they are used; `note` says what happened last, for the report."""
+    """The graphs of one model. `note` says what happened last, for the report."""
 
     model: nn.Module
     family: Family
     binding: Binding
-    on: bool = True
+    failed: str = ""  # why recording was given up: from then on all steps run eagerly
     note: str = "no step yet"
     recent: deque[tuple] = field(default_factory=lambda: deque(maxlen=RECENT))
     recorded: dict[tuple, Recorded] = field(default_factory=dict)
@@ -157,14 +157,15 @@ class Graphs:
 
         Then the adapters have been read: whoever calls takes `binding.looked` back after the decoder's forward.
         """
-        early, pending = self.current(ids, pack), None
-        if early is not None:
-            pending = early.replay(ids, targets, items, pack)
+        key = self.key(ids, pack) if self.version == self.binding.version else None
+        moved = key is not None and self.moved()
+        early = self.recorded.get(key) if key is not None and not moved else None
+        pending = early.replay(ids, targets, items, pack) if early is not None else None
         self.binding.refresh()
-        if self.version != self.binding.version:
+        if moved or self.version != self.binding.version:
             self.learn()
-        key = self.key(ids, pack)
-        one = (self.recorded.get(key) or self.record_if_due(key, ids.shape, pack)) if self.fits(ids) else None
+            key = self.key(ids, pack)
+        one = (self.recorded.get(key) or self.record_if_due(key, ids.shape, pack)) if key is not None else None
         if one is None:
             self.binding.looked = True
             return None
@@ -176,21 +177,19 @@ class Graphs:
         loss = Replay.apply(one, pending, *one.params)
         return loss, ReadOnly.apply(one.hidden.detach().requires_grad_())
 
-    def key(self, ids: Tensor, pack: Pack | None) -> tuple:
-        """What tells the recorded steps apart."""
+    def key(self, ids: Tensor, pack: Pack | None) -> tuple | None:
+        """What tells the recorded steps apart; None for a step that cannot be one."""
+        if not self.fits(ids):
+            return None
         binding, plan = self.binding, self.binding.planner.plan
         more = plan.count if plan is not None and binding.keep is None else 0
         return (tuple(ids.shape), binding.chosen, more, binding.checkpointed, pack.key if pack else None)
 
-    def current(self, ids: Tensor, pack: Pack | None) -> Recorded | None:
-        """The recorded step that this call most likely takes, if it can run: all that it reads is where it was."""
-        if self.version != self.binding.version or not self.fits(ids):
-            return None
+    def moved(self) -> bool:
+        """Whether anything of the model lies elsewhere than the recorded steps read it."""
         tensors, places = self.storage
         with plain_tensors():
-            if list(map(Tensor.data_ptr, tensors)) != places:
-                return None
-        return self.recorded.get(self.key(ids, pack))
+            return list(map(Tensor.data_ptr, tensors)) != places
 
     def __post_init__(self) -> None:
         self.binding.planning.append(self.drop)
@@ -219,10 +218,11 @@ class Graphs:
         binding = self.binding
         parts = binding.bound[0].parts if binding.bound else None
         reasons = {
-            "graphs are switched off": not self.on,
+            self.failed: bool(self.failed),
             "not every layer takes the fused path": parts is None or bool(binding.reasons),
             "the tokens are not on the GPU": not ids.is_cuda,
             "layer inputs are kept in host RAM": binding.chosen.offload,
+            "the embedding is in host RAM": binding.planner.parks and binding.keep is None,
             "autocast asks for another dtype": parts is not None and autocast_differs("cuda", parts.dtype),
             "more is trained than LoRA": not self.only_lora or any(p.requires_grad for p in self.outside),
             "the GPU, not its launches, sets the pace": ids.numel() * self.weights > LAUNCH_BOUND,
@@ -238,48 +238,55 @@ class Graphs:
             return None
         try:
             one = self.record(shape, pack)
-        except RuntimeError as error:  # a step that waits for the device, say: rope that grows with the length
-            self.on = False
-            self.note = f"steps run without CUDA graphs, recording one failed: {str(error).splitlines()[0]}"
-            warnings.warn(self.note, stacklevel=2)
+        except RuntimeError as error:  # mostly for want of memory, or a step that waits for the device: rope that grows with it
+            one = None
+            why = reason_of(error)
+            forget(error)
+        if one is None:
+            self.give_up(f"{' x '.join(map(str, shape))} tokens failed: {why}")
             return None
         while len(self.recorded) >= MOST:
             del self.recorded[min(self.recorded, key=lambda k: self.recorded[k].last_used)]
         self.recorded[key] = one
         return one
 
+    def give_up(self, what: str) -> None:
+        """After a recording that failed: the eager step gets all memory that graphs had. Said once, noted for good."""
+        self.drop()
+        self.binding.rows.handed = None  # a gradient on its way from layer to layer
+        give_back()
+        todo = "; a smaller batch leaves room for it" if "out of memory" in what else ""
+        self.note = self.failed = f"steps run without CUDA graphs, since recording one of {what}{todo}"
+        warnings.warn(f"Slower than it could be: {self.failed}.", stacklevel=2)
+
     def record(self, shape: Sequence[int], pack: Pack | None = None) -> Recorded:
         """Record one micro-step for ids of this shape, and for packs of this one's key."""
-        device = self.binding.bound[0].parts.qkv.device
+        binding, parts = self.binding, self.binding.bound[0].parts
+        device, half = parts.qkv.device, parts.dtype == torch.float16
         ids = torch.zeros(*shape, dtype=torch.int64, device=device)
         targets = torch.zeros(*shape, dtype=torch.int64, device=device)
         items = torch.full((), -1.0, device=device)
-        half = self.binding.bound[0].parts.dtype == torch.float16
         scale = torch.full((), FIRST_SCALE if half else 1.0, device=device)
         pack = pack.like() if pack is not None else None
-        params = [p for b in self.binding.bound for p in b.params]
+        params = [p for b in binding.bound for p in b.params]
         # Leaves of their own on the same memory: autograd ties the real ones to the stream of steps that are still alive.
         leaves = [p.detach().requires_grad_() for p in params]
-        flat = torch.empty(sum(p.numel() for p in params), dtype=params[0].dtype, device=device)
-        graph = torch.cuda.CUDAGraph()
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
-        self.binding.stacks.drop()  # the buffers of eager steps
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()  # the graph has memory of its own: what the eager steps left would lie idle beside it
-        # Other threads (a data loader's pinning, a panel) may use the GPU meanwhile; only this thread's stream is recorded.
-        with (
-            self.binding.stand_ins(leaves),
-            torch.autocast("cuda", enabled=False),
-            torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
-        ):
-            hidden = self.model.get_submodule(self.family.decoder.base)(
-                input_ids=ids, use_cache=False, **(pack.inputs() if pack else {})
-            ).last_hidden_state
-            loss = self.loss(hidden, targets, items)
-            grads = torch.autograd.grad(loss * scale, leaves)
-            torch.cat([g.reshape(-1) for g in grads], out=flat)
-        scratch = self.binding.scratch
-        return Recorded(graph, ids, targets, pack, items, scale, loss.detach(), hidden.detach(), flat, params, scratch, half)
+        arena = Arena([b.parts for b in binding.bound], params[0].dtype, device)
+
+        def run() -> tuple[Tensor, Tensor]:
+            with binding.stand_ins(leaves, arena), torch.autocast(device.type, enabled=False):
+                hidden = self.model.get_submodule(self.family.decoder.base)(
+                    input_ids=ids, use_cache=False, **(pack.inputs() if pack else {})
+                ).last_hidden_state
+                loss = self.loss(hidden, targets, items)
+                arena.bring(torch.autograd.grad(loss * scale, leaves))
+            return loss.detach(), hidden.detach()
+
+        binding.stacks.drop()  # the buffers of eager steps
+        graph, (loss, hidden) = capture(run, self.pool, device)
+        self.pool = graph.pool()
+        places, scratch = arena.places, binding.scratch
+        return Recorded(graph, ids, targets, pack, items, scale, loss, hidden, arena.flat, places, params, scratch, half)
 
     def loss(self, hidden: Tensor, targets: Tensor, items: Tensor) -> Tensor:
         """Sum over the labelled rows by `items`, or by their number where that is negative; nothing here waits for the device."""
@@ -314,8 +321,7 @@ class Replay(torch.autograd.Function):
         else:
             scaled = ctx.pending.flat * g
         ctx.pending.used = True
-        parts = scaled.split(ctx.one.sizes)
-        return (None, None, *(part.view(shape) for part, shape in zip(parts, ctx.one.shapes, strict=True)))
+        return (None, None, *(place.of(scaled) for place in ctx.one.places))
 
 
 class ReadOnly(torch.autograd.Function):

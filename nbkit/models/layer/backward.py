@@ -17,6 +17,7 @@ from torch import Tensor
 from nbkit.kernels._gemm import accumulate
 from nbkit.models import attention
 from nbkit.models.layer import ops
+from nbkit.models.layer.arena import Arena
 from nbkit.models.layer.forward import Call, Kept, attend, border, empty, gates, heads, middle, normed, queries_keys_values
 from nbkit.models.layer.parts import Parts
 from nbkit.models.layer.weights import Group
@@ -25,23 +26,28 @@ EARLY = 64 * 2**20  # bytes of a layer input up to which the next one is fetched
 
 
 class Gradients:
-    """What one group trains, summed over tiles in float32 (in the parameter's dtype where there is one tile)."""
+    """What one group trains, summed over tiles in float32 (in the parameter's dtype where there is one tile).
 
-    def __init__(self, group: Group, tiles: int) -> None:
+    In a recorded step dA and dB lie in `arena` if that is of their dtype.
+    """
+
+    def __init__(self, group: Group, tiles: int, arena: Arena | None = None) -> None:
         self.group, self.first, self.tiles = group, True, tiles
         self.da: Tensor | None = None
         self.db: list[Tensor] = []
         self.own = [(self._empty(o.weight), self._empty(o.bias)) for o in group.own]
         if not group.terms:
             return
-        a = group.terms[0].a
-        self.da = self._empty(a, group.rank, group.inputs)
-        self.db = [self._empty(a, t.stop - t.start, t.rank) for t in group.terms]
+        a, rooms = group.terms[0].a, arena.rooms(group) if arena is not None else [None] * (1 + len(group.terms))
+        self.da = self._empty(a, group.rank, group.inputs, room=rooms[0])
+        self.db = [self._empty(a, t.stop - t.start, t.rank, room=room) for t, room in zip(group.terms, rooms[1:], strict=True)]
 
-    def _empty(self, like: Tensor | None, *shape: int) -> Tensor | None:
+    def _empty(self, like: Tensor | None, *shape: int, room: Tensor | None = None) -> Tensor | None:
         if like is None:
             return None
         dtype = like.dtype if self.tiles == 1 else torch.promote_types(like.dtype, torch.float32)
+        if room is not None and room.dtype == dtype:
+            return room
         return torch.empty(shape or like.shape, dtype=dtype, device=like.device)
 
     def products(self, dy: Tensor, x: Tensor | None, xa: Tensor | None) -> list[ops.Product]:
@@ -127,7 +133,7 @@ def run(
     """g (N, D + R) -> (N, D + R) rows whose first D columns are dx (None unless `need_dx`), and the LoRA gradients."""
     p, n, lean = call.parts, call.rows, call.keep.in_place
     tiles = call.keep.tiles(n)
-    sums = {group.name: Gradients(group, len(tiles)) for group in p.groups}
+    sums = {group.name: Gradients(group, len(tiles), call.arena) for group in p.groups}
     norms = NormGradients(p)
     need_dx = need_dx or p.norms_trained[0]
     early = call.parcel is not None and n * p.d * x.element_size() <= EARLY

@@ -17,6 +17,7 @@ from nbkit.kernels.lora_border import BorderWriter
 from nbkit.models import attention, planner
 from nbkit.models.embedding import Embedding
 from nbkit.models.layer.adapters import Unfit, Watch
+from nbkit.models.layer.arena import Arena
 from nbkit.models.layer.bound import MARK as MARK
 from nbkit.models.layer.bound import BoundLayer, forward
 from nbkit.models.layer.function import GradientRows
@@ -59,7 +60,7 @@ class Binding:
         self.checkpoint: bool | str | None = None
         self.optimizer_bytes: float = 8  # of state for a LoRA parameter: float32 Adam, unless a trainer says otherwise
         self.host: Host | None = None  # made when a plan first asks for host RAM
-        self.recording = False  # a step is being recorded as a CUDA graph
+        self.arena: Arena | None = None  # takes the gradients of a step that is being recorded as a CUDA graph
         self.stacks = Stacks(self, forward)
         self.norm: nn.Module | None = None  # after the last layer
         self.embedding = Embedding(decoder)
@@ -105,6 +106,11 @@ class Binding:
         if self.checkpoint is not None:
             return self.checkpoint not in (False, "auto")
         return self.switched_on and self.decoder.training
+
+    @property
+    def recording(self) -> bool:
+        """Whether a step is being recorded as a CUDA graph."""
+        return self.arena is not None
 
     @property
     def switched_on(self) -> bool:
@@ -243,16 +249,19 @@ class Binding:
         return self.host
 
     @contextmanager
-    def stand_ins(self, leaves: list[Tensor]) -> Iterator[None]:
-        """Within: the layers take `leaves`, one for each LoRA parameter in order, in place of the parameters themselves."""
-        real, place, self.recording = [layer.params for layer in self.bound], 0, True
+    def stand_ins(self, leaves: list[Tensor], arena: Arena) -> Iterator[None]:
+        """Within: the layers take `leaves`, one for each LoRA parameter in order, in place of the parameters themselves.
+
+        Their gradients are written into `arena`.
+        """
+        real, place, self.arena = [layer.params for layer in self.bound], 0, arena
         for layer in self.bound:
             count = len(layer.params)
             layer.params, place = leaves[place : place + count], place + count
         try:
             yield
         finally:
-            self.recording = False
+            self.arena = None
             for layer, params in zip(self.bound, real, strict=True):
                 layer.params = params
 

@@ -120,5 +120,5 @@ def forward(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | Non
     how = attend(binding, parts, hidden_states, mask, binding.documents if causal else None)
     keep = binding.keep_of(parts.index)
     parcel = binding.memory_of_host().parcel() if keep.offload else None
-    call = Call(parts, keep, how, b, t, [], parcel)
+    call = Call(parts, keep, how, b, t, [], parcel, binding.arena)
     return LayerFunction.apply(hidden_states, cos, sin, mask, call, binding.rows, *bound.params)

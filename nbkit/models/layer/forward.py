@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nbkit.models import attention
 from nbkit.models.layer import ops
+from nbkit.models.layer.arena import Arena
 from nbkit.models.layer.keep import Keep
 from nbkit.models.layer.offload import Parcel
 from nbkit.models.layer.parts import Parts
@@ -51,6 +52,7 @@ class Call:
     tokens: int
     numbers: list[Any]
     parcel: Parcel | None = None  # takes x, out and x_mid to host RAM where `keep.offload` says so
+    arena: Arena | None = None  # takes LoRA's gradients in a step that is recorded
 
     @property
     def rows(self) -> int:
