@@ -28,9 +28,10 @@ from nbkit.models.asked import MARK as ASKED
 from nbkit.models.graphs import Pack
 from nbkit.models.head import head_loss, logits, targets_of
 from nbkit.models.layer.adapters import OURS
-from nbkit.models.layer.bind import LAST, causal_only
+from nbkit.models.layer.bind import LAST
 from nbkit.models.layer.bind import MARK as LAYER_MARK
 from nbkit.models.layer.function import FinalNorm
+from nbkit.models.layer.inputs import causal_only, check_tokens
 from nbkit.models.obstacles import longer_than_positions
 from nbkit.models.outputs import LossOutput
 
@@ -157,27 +158,29 @@ def _causal_lm(
     if family is None or labels is None or not all_logits or not own_loss or not as_dict:
         return type(self).forward(self, **inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
     kwargs.pop("return_dict", None)
-    _check_size(self, input_ids, position_ids)
+    labels = check_batch(self, family, input_ids, inputs_embeds, labels, position_ids)
     targets = kwargs.get("shift_labels")
     if targets is None:  # tokens before n predict n
         targets = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
-    items = kwargs.get("num_items_in_batch")
-    recorded = _recorded(self, inputs, targets, kwargs)
+    binding = vars(self.get_submodule(family.decoder.base)).get(LAYER_MARK)  # None in a copy
+    if binding is not None and torch.is_grad_enabled():
+        binding.plain = causal_only(attention_mask, targets)
+        if use_cache is None and past_key_values is None:
+            inputs["use_cache"] = False  # who wants a loss to train on wants no cache, also in eval mode
+    try:
+        recorded = _recorded(self, inputs, targets, kwargs)
+        if recorded is None:
+            wanted = targets_of(self, family, targets)
+            outputs = self.get_submodule(family.decoder.base)(**inputs, **kwargs)
+    finally:
+        if binding is not None and torch.is_grad_enabled():
+            binding.looked, binding.plain = False, None  # also where the forward failed before it came to the layers
     if recorded is not None:
         loss, hidden = recorded
         made = LossOutput(loss=loss)
     else:
-        decoder, wanted = self.get_submodule(family.decoder.base), targets_of(self, family, targets)
-        binding = vars(decoder).get(LAYER_MARK)
-        if binding is not None and torch.is_grad_enabled() and use_cache is None and past_key_values is None:
-            inputs["use_cache"] = False  # who wants a loss to train on wants no cache, also in eval mode
-        try:
-            outputs = decoder(**inputs, **kwargs)
-        finally:
-            if binding is not None:  # as it is in a copy
-                binding.looked = False  # also where the forward failed before it came to the layers
         hidden = outputs.last_hidden_state
-        loss = head_loss(self, family, hidden, wanted, items)
+        loss = head_loss(self, family, hidden, wanted, kwargs.get("num_items_in_batch"))
         made = LossOutput(
             loss=loss,
             past_key_values=outputs.past_key_values,
@@ -207,16 +210,38 @@ def _maker(model: Any, family: Family, hidden: torch.Tensor, loss: torch.Tensor)
     return make
 
 
-def _check_size(model: Any, ids: torch.Tensor | None, positions: torch.Tensor | None) -> None:
-    """Raises: ModelError for a batch without tokens; warns of rows longer than the model's positions, packs excepted."""
-    if ids is None:
-        return
-    if ids.numel() == 0:
-        raise ModelError(f"The batch is empty (input_ids of shape {tuple(ids.shape)}); give at least one row of one token.")
+def check_batch(model: Any, family: Family, ids: Any, embeds: Any, labels: Any, positions: Any) -> torch.Tensor:
+    """The labels (B, T) as int64; warns of rows longer than the model's positions, packs excepted.
+
+    Raises: ModelError for a batch without tokens, and for labels that are not one whole number for each of them; on a CPU also
+    for a label that is no token. A GPU would have to be waited for: there such a label gives a loss of nan.
+    """
+    check_tokens(ids, embeds)
+    shape = tuple((embeds if ids is None else ids).shape[:2])
+    if not isinstance(labels, torch.Tensor):
+        raise ModelError(f"labels are a {type(labels).__name__}; give a tensor of shape (rows, tokens).")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ModelError(f"labels are {labels.dtype}; give whole numbers (int64), {IGNORE_INDEX} where no loss is wanted.")
+    if labels.shape != shape:
+        raise ModelError(
+            f"labels are of shape {tuple(labels.shape)} and the batch of {shape}; give one label for each token, {IGNORE_INDEX} "
+            "for none (the model shifts them by one itself)."
+        )
+    labels, config = labels.long(), model.config
+    if labels.device.type == "cpu":
+        tokens = max(config.vocab_size, getattr(model.get_submodule(family.head.module), "out_features", 0))
+        odd = ((labels < 0) & (labels != IGNORE_INDEX)) | (labels >= tokens)
+        if odd.any():
+            row, token = odd.nonzero()[0].tolist()
+            raise ModelError(
+                f"The label {int(labels[row, token])} in row {row}, token {token} is none of the {tokens} known tokens; "
+                f"give a token's number, or {IGNORE_INDEX} where no loss is wanted."
+            )
     if positions is None:
-        sentence = longer_than_positions(ids.shape[-1], model.config)
+        sentence = longer_than_positions(shape[1], config)
         if sentence is not None:
             warnings.warn(sentence, stacklevel=3)
+    return labels
 
 
 def _recorded(
@@ -229,9 +254,11 @@ def _recorded(
     pack = _pack(inputs, kwargs)
     taken = PLAIN | (PACKED if pack is not None else set())
     more = sorted(name for name, value in (inputs | kwargs).items() if value is not None and name not in taken)
-    if more or inputs["use_cache"] or not causal_only(inputs["attention_mask"]):
+    if more or inputs["use_cache"] or not graphs.binding.plain:
         graphs.note = (
-            f"steps that are given {', '.join(more)} run eagerly" if more else "a cache or padding on the left runs eagerly"
+            f"steps that are given {', '.join(more)} run eagerly"
+            if more
+            else "a cache, padding on the left or labels on padding run eagerly"
         )
         return None
     return graphs.step(inputs["input_ids"], targets, kwargs.get("num_items_in_batch"), pack)

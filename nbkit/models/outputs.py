@@ -19,7 +19,8 @@ class LossOutput(CausalLMOutputWithPast):
     """As transformers' own output. `.logits` (B, T, V) are projected at the first reading, with the autograd of the forward.
 
     While training they are no item of the mapping, so that walking over it (accelerate, distributed wrappers) makes none;
-    in eval mode they are, as `Trainer.evaluate` expects, and are made when the mapping is walked over.
+    in eval mode they are, as `Trainer.evaluate` expects, and are made when the mapping is walked over. By name or by place
+    (outputs["logits"], outputs[1]) they are there in both, as in transformers' own.
     """
 
     def attach(self, make: Callable[[], torch.Tensor], *, listed: bool) -> None:
@@ -43,9 +44,10 @@ class LossOutput(CausalLMOutputWithPast):
     def logits(self, value: torch.Tensor | None) -> None:
         vars(self)["logits"] = value
 
-    def _list(self) -> None:
-        """Make the logits an item if they count as one, in their place after the loss."""
-        if getattr(vars(self).get("loss"), _LISTED, False) and not OrderedDict.__contains__(self, "logits"):
+    def _list(self, asked: bool = False) -> None:
+        """Make the logits an item if they count as one or are `asked` for, in their place after the loss."""
+        counts = asked or getattr(vars(self).get("loss"), _LISTED, False)
+        if counts and not OrderedDict.__contains__(self, "logits") and self.logits is not None:
             self["logits"] = self.logits
             for name in [n for n in OrderedDict.__iter__(self) if n not in ("loss", "logits")]:
                 self.move_to_end(name)
@@ -53,10 +55,18 @@ class LossOutput(CausalLMOutputWithPast):
     def __getitem__(self, key: Any) -> Any:
         if key in ("loss", 0):
             return self.loss
-        self._list()
+        self._list(asked=key == "logits" or not isinstance(key, str))
         return super().__getitem__(key)
 
+    def get(self, key: Any, default: Any = None) -> Any:
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
     def __contains__(self, key: object) -> bool:
+        if key == "logits" and getattr(vars(self).get("loss"), _MAKE, None) is not None:
+            return True
         if key != "loss":
             self._list()
         return super().__contains__(key)

@@ -21,7 +21,7 @@ from nbkit.models.layer.arena import Arena
 from nbkit.models.layer.bound import MARK as MARK
 from nbkit.models.layer.bound import BoundLayer, forward
 from nbkit.models.layer.function import GradientRows
-from nbkit.models.layer.inputs import aside, causal_only, documents_of
+from nbkit.models.layer.inputs import aside, causal_only, check_tokens, documents_of
 from nbkit.models.layer.inputs import autocast_differs as autocast_differs
 from nbkit.models.layer.keep import Keep
 from nbkit.models.layer.made import Place, as_made, layers_of, made_from
@@ -54,6 +54,7 @@ class Binding:
         self.how: set[str] = set()  # the attention implementations met, for the report
         self.everything: Watch | None = None
         self.looked = False  # the model's forward has read the adapters: the decoder's, which it calls next, need not
+        self.plain: bool | None = None  # whether the mask needs no look, where the model's forward has looked
         self.version = 0  # goes up when anything changes that a recorded step holds fixed
         self.writer: BorderWriter | None = None
         # As a trainer or `patch` asks for it; "auto" and False: what fits. None: as transformers' own switch on the model says.
@@ -172,6 +173,7 @@ class Binding:
                 self.rest()
             return
         self.stepping = get_ident()
+        check_tokens(kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         if not self.looked:
             self.refresh()
         self.looked = False
@@ -189,7 +191,8 @@ class Binding:
             return
         if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is None and self.decoder.training:
             kwargs["use_cache"] = False  # a cache of what is being trained on is of no use, and would be kept until the backward
-        if self.reasons or self.stands_aside or not causal_only(kwargs.get("attention_mask")):
+        plain, self.plain = self.plain, None
+        if self.reasons or self.stands_aside or not (causal_only(kwargs.get("attention_mask")) if plain is None else plain):
             return
         self.documents, plain = documents_of(kwargs)
         if plain or self.documents is not None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nbkit.config import IGNORE_INDEX
+from nbkit.errors import ModelError
 from nbkit.models import attention
 
 
@@ -63,17 +65,34 @@ def autocast_differs(device: str, dtype: torch.dtype) -> bool:
     return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype
 
 
-def causal_only(mask: Tensor | None) -> bool:
+def causal_only(mask: Tensor | None, targets: Tensor | None = None) -> bool:
     """Whether a 2-D padding mask (B, T) needs no masking beyond the causal one: no padding, or padding on the right alone.
 
-    A real token never looks at what follows it, so right padding changes only the padding's own outputs, which nothing reads.
+    A real token never looks at what follows it, so right padding changes only the padding's own outputs, which nothing reads,
+    unless they have a label: `targets` (B, T) is what each token is to predict, -100 for nothing; None: not known.
     Costs one wait for the device where the mask lies on a GPU.
     """
     if mask is None:
         return True
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or (targets is not None and mask.shape != targets.shape):
         return False
-    return not bool((mask[:, 1:] > mask[:, :-1]).any())
+    odd = (mask[:, 1:] > mask[:, :-1]).any()
+    if targets is not None:
+        odd = odd | ((mask == 0) & (targets.to(mask.device) != IGNORE_INDEX)).any()
+    return not bool(odd)
+
+
+def check_tokens(ids: Any, embeds: Any) -> None:
+    """Raises: ModelError for a batch without tokens, or of another shape than (B, T) and (B, T, D)."""
+    name, given, axes = ("inputs_embeds", embeds, 3) if ids is None else ("input_ids", ids, 2)
+    if given is None:
+        raise ModelError("The batch has no tokens; give input_ids or inputs_embeds.")
+    if given.numel() == 0:
+        raise ModelError(f"The batch is empty ({name} of shape {tuple(given.shape)}); give at least one row of one token.")
+    if given.dim() != axes:
+        more = ", width" if axes == 3 else ""
+        shape = f"{name} are of shape {tuple(given.shape)}"
+        raise ModelError(f"{shape}; give (rows, tokens{more}), {name}[None] for a single row.")
 
 
 def documents_of(kwargs: dict[str, Any]) -> tuple[attention.Documents | None, bool]:

@@ -1,4 +1,4 @@
-"""Bound layers whose surroundings change: other layers, blocks and settings, evaluation beside training, caches, other threads."""
+"""Bound layers whose surroundings change: other layers, blocks and settings, evaluation beside training, caches, threads."""
 
 from __future__ import annotations
 
@@ -175,7 +175,9 @@ def decoded(model: Any, **first: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    ("training", "first"), [(False, {}), (False, {"use_cache": True}), (True, {"use_cache": True})], ids=["eval", "asked", "train"]
+    ("training", "first"),
+    [(False, {}), (False, {"use_cache": True}), (True, {"use_cache": True})],
+    ids=["eval", "asked", "train"],
 )
 def test_a_cache_that_is_asked_for_is_filled(family: str, training: bool, first: dict[str, Any]) -> None:
     model = lora(family).train(training)

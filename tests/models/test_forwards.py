@@ -1,0 +1,109 @@
+"""What a patched model is given and what it gives: labels on padding, refusals in one sentence, outputs by any key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from nbkit.errors import ModelError
+from nbkit.families import all_families
+from nbkit.models.layer import binding_of
+from tests.closeness import assert_like_stock
+from tests.models.layer.rig import batch, lora
+from tests.models.test_exactness import WAYS, assert_exact, fused, loss_of, patched
+
+FAMILIES = [family.name for family in all_families() if family.mlp.activation == "silu"]
+
+
+# -- labels and masks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_labels_on_padding_are_as_in_stock(family: str) -> None:
+    """labels = input_ids, as many a loop has it: padded tokens are queries whose loss counts, and stock masks their keys."""
+    inputs = batch(padded=True)
+    inputs["labels"] = inputs["input_ids"].clone()
+    assert fused(assert_exact(lora(family), "layers", loss_of(**inputs)))
+
+
+@pytest.mark.parametrize("mask", [torch.ones(3, 17), torch.zeros(3, 19, dtype=torch.long)], ids=["short", "zeros"])
+def test_masks_that_are_odd_are_read_as_in_stock(mask: torch.Tensor) -> None:
+    assert_exact(lora("llama"), "layers", loss_of(**batch(), attention_mask=mask))
+
+
+def test_right_padding_without_labels_still_needs_no_mask() -> None:
+    model = patched(lora("llama"), "layers")
+    model(**batch(padded=True)).loss.backward()
+    binding = binding_of(model)
+    assert binding is not None and not any("mask" in how for how in binding.how)
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------------
+
+IDS = batch(2, 11)["input_ids"]
+ODD = [
+    ({"labels": IDS.float()}, "labels are torch.float32; give whole numbers (int64), -100 where no loss is wanted."),
+    ({"labels": IDS.bool()}, "labels are torch.bool; give whole numbers (int64), -100 where no loss is wanted."),
+    ({"labels": IDS.tolist()}, "labels are a list; give a tensor of shape (rows, tokens)."),
+    (
+        {"labels": IDS[:, :-1]},
+        "labels are of shape (2, 10) and the batch of (2, 11); give one label for each token, -100 for none",
+    ),
+    ({"labels": IDS[0]}, "labels are of shape (11,) and the batch of (2, 11); give one label for each token, -100 for none"),
+    (
+        {"labels": IDS.clone().index_fill_(1, torch.tensor([4]), 320)},
+        "The label 320 in row 0, token 4 is none of the 320 known tokens",
+    ),
+    (
+        {"labels": IDS.clone().index_fill_(1, torch.tensor([7]), -5)},
+        "The label -5 in row 0, token 7 is none of the 320 known tokens",
+    ),
+    (
+        {"input_ids": IDS[0], "labels": IDS[0]},
+        "input_ids are of shape (11,); give (rows, tokens), input_ids[None] for a single row.",
+    ),
+    ({"input_ids": None}, "The batch has no tokens; give input_ids or inputs_embeds."),
+    (
+        {"input_ids": None, "inputs_embeds": torch.zeros(0, 4, 32), "labels": IDS[:0, :4]},
+        "The batch is empty (inputs_embeds of shape (0, 4, 32)); give at least one row of one token.",
+    ),
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("given", "sentence"), ODD, ids=range(len(ODD)))
+def test_batches_that_are_refused(given: dict[str, Any], sentence: str, way: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        patched(lora("llama"), way)(**{"input_ids": IDS, "labels": IDS} | given)
+    assert str(caught.value).startswith(sentence) and str(caught.value).count(". ") == 0
+
+
+@pytest.mark.parametrize("ids", [IDS[:0], IDS[0]], ids=["empty", "one axis"])
+def test_batches_without_labels_that_are_refused(ids: torch.Tensor) -> None:
+    with pytest.raises(ModelError, match="The batch is empty|input_ids are of shape"):
+        patched(lora("llama"), "layers")(input_ids=ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16])
+def test_labels_of_other_whole_numbers(dtype: torch.dtype) -> None:
+    model = patched(lora("llama"), "layers")
+    assert model(input_ids=IDS, labels=IDS.to(dtype)).loss == model(input_ids=IDS, labels=IDS).loss
+
+
+# -- outputs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_logits_by_any_key(training: bool) -> None:
+    stock, model = lora("llama").train(training), patched(lora("llama"), "layers").train(training)
+    wanted, outputs = stock(**batch(), use_cache=False), model(**batch(), use_cache=False)
+    for key in ("logits", 1, slice(1, 2)):
+        got, truth = (one[key] for one in (outputs, wanted))
+        for a, b in zip(got, truth, strict=True) if isinstance(key, slice) else [(got, truth)]:
+            assert_like_stock("logits", a, b)
+    assert_like_stock("logits", outputs.get("logits"), wanted.logits)
+    assert_like_stock("loss", outputs[0], wanted[0])
+    with pytest.raises(KeyError):
+        outputs["attentions"]
