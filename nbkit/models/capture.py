@@ -60,6 +60,7 @@ def _let_go(graph: Any, pool: Any, device: torch.device, stream: Any) -> None:
 def give_back() -> None:
     """What torch holds of the GPU's memory for no tensor. cuBLAS's workspaces are made anew by the next products."""
     if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # meanwhile autograd's own thread lets go of the node that failed
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 
