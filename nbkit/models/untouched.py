@@ -95,7 +95,7 @@ def levels_kept(binding: Any, graphs: Graphs | None) -> Iterator[None]:
     """Puts back the level that was set, forgets the graphs that were recorded meanwhile and gives buffers of eager steps back."""
     keep, how, asides = binding.keep, set(binding.how), dict(binding.asides)
     known = dict(graphs.recorded) if graphs is not None else {}
-    recent = list(graphs.recent) if graphs is not None else []
+    recent, failed = (list(graphs.recent), graphs.failed) if graphs is not None else ([], "")
     binding.how.clear()
     binding.asides.clear()
     try:
@@ -112,3 +112,4 @@ def levels_kept(binding: Any, graphs: Graphs | None) -> Iterator[None]:
                 graphs.pool = None  # memory of graphs that are all gone is not to be recorded into again
             graphs.recent.clear()
             graphs.recent.extend(recent)
+            graphs.failed = failed  # training has the memory that a twin of the model took here

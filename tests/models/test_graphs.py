@@ -20,6 +20,7 @@ from nbkit.models.forwards import GRAPHS
 from nbkit.models.graphs import EAGER_FIRST, Graphs
 from nbkit.models.layer import backward
 from nbkit.models.layer.forward import Call
+from nbkit.models.untouched import levels_kept
 from tests.closeness import assert_all_like_stock
 from tests.models.layer.rig import batch, fill, lora, step
 
@@ -266,7 +267,7 @@ def test_a_recording_that_fails_gives_back_those_before_it(monkeypatch: pytest.M
     monkeypatch.setattr(room, "capture", failing(RuntimeError("it waits for the device. And more."), [], []))
     waiting = model(**batch(seed=4)).loss
     flat = weakref.ref(next(iter(graphs.recorded.values())).flat)
-    with pytest.warns(UserWarning, match="recording one of 2 x 7 tokens failed: it waits for the device.$"):
+    with pytest.warns(UserWarning, match=r"recording one of 2 x 7 tokens failed: it waits for the device\.$"):
         loss = model(**small).loss
     assert not graphs.recorded and flat() is not None
     (waiting + loss).backward()
@@ -301,3 +302,15 @@ def test_an_embedding_in_host_ram_is_not_recorded(monkeypatch: pytest.MonkeyPatc
     for _ in range(EAGER + 1):
         step(model, **batch())
     assert graphs.note == "the embedding is in host RAM" and not Tape.made
+
+
+def test_a_recording_that_fails_in_a_comparison_says_nothing_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, graphs = patched()
+    with levels_kept(graphs.binding, graphs), monkeypatch.context() as now, pytest.warns(UserWarning, match=r"failed: no\.$"):
+        now.setattr(room, "capture", failing(RuntimeError("no"), [], []))
+        for _ in range(EAGER + 1):
+            step(model, **batch())
+        assert graphs.failed
+    for _ in range(EAGER + 1):
+        step(model, **batch())
+    assert graphs.recorded and not graphs.failed
