@@ -20,9 +20,7 @@ def set_checkpointing(model: Any, asked: bool | str) -> str:
     transformers' own checkpointing, which repeats each layer whole, unless it is False.
     Raises: ConfigError for anything else.
     """
-    if not isinstance(asked, bool) and asked not in WAYS:
-        ways = ", ".join(map(repr, WAYS))
-        raise ConfigError(f"Gradient checkpointing {asked!r} is not known; give one of {ways}.")
+    check_way(asked)
     binding = binding_of(model)
     _stock_checkpointing(model, bool(asked))
     if binding is None or not binding.bound:
@@ -35,6 +33,13 @@ def set_checkpointing(model: Any, asked: bool | str) -> str:
     if not asked or not binding.reasons:
         return ""
     return f"{len(binding.reasons)} layers that are not fused take transformers' own checkpointing."
+
+
+def check_way(asked: bool | str) -> None:
+    """Raises: ConfigError for what is no way of checkpointing."""
+    if not isinstance(asked, bool) and asked not in WAYS:
+        ways = ", ".join(map(repr, WAYS))
+        raise ConfigError(f"Gradient checkpointing {asked!r} is not known; give one of {ways}.")
 
 
 def _stock_checkpointing(model: Any, on: bool) -> None:

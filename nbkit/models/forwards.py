@@ -32,6 +32,7 @@ from nbkit.models.layer.bind import LAST
 from nbkit.models.layer.bind import MARK as LAYER_MARK
 from nbkit.models.layer.function import FinalNorm
 from nbkit.models.layer.inputs import causal_only, check_tokens
+from nbkit.models.layer.parts import SILU
 from nbkit.models.obstacles import longer_than_positions
 from nbkit.models.outputs import LossOutput
 
@@ -90,6 +91,8 @@ def _mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
     """down(silu(gate(x)) * up(x))."""
     family: Family | None = vars(self).get(MARK)
     if family is None:
+        return type(self).forward(self, x)
+    if type(self.act_fn).__name__ not in SILU:  # replaced since
         return type(self).forward(self, x)
     facts = family.mlp
     return getattr(self, facts.down)(swiglu(getattr(self, facts.gate)(x), getattr(self, facts.up)(x)))
@@ -158,7 +161,7 @@ def _causal_lm(
     if family is None or labels is None or not all_logits or not own_loss or not as_dict:
         return type(self).forward(self, **inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
     kwargs.pop("return_dict", None)
-    labels = check_batch(self, family, input_ids, inputs_embeds, labels, position_ids)
+    labels = _check_batch(self, input_ids, inputs_embeds, labels, position_ids)
     targets = kwargs.get("shift_labels")
     if targets is None:  # tokens before n predict n
         targets = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
@@ -210,14 +213,27 @@ def _maker(model: Any, family: Family, hidden: torch.Tensor, loss: torch.Tensor)
     return make
 
 
-def check_batch(model: Any, family: Family, ids: Any, embeds: Any, labels: Any, positions: Any) -> torch.Tensor:
+def _check_batch(model: Any, ids: Any, embeds: Any, labels: Any, positions: torch.Tensor | None) -> torch.Tensor:
     """The labels (B, T) as int64; warns of rows longer than the model's positions, packs excepted.
 
-    Raises: ModelError for a batch without tokens, and for labels that are not one whole number for each of them; on a CPU also
-    for a label that is no token. A GPU would have to be waited for: there such a label gives a loss of nan.
+    Raises: ModelError for a batch without tokens, or labels that do not go with it.
     """
     check_tokens(ids, embeds)
     shape = tuple((embeds if ids is None else ids).shape[:2])
+    labels = check_labels(model, labels, shape)
+    if positions is None:
+        sentence = longer_than_positions(shape[1], model.config)
+        if sentence is not None:
+            warnings.warn(sentence, stacklevel=3)
+    return labels
+
+
+def check_labels(model: Any, labels: Any, shape: tuple[int, ...]) -> torch.Tensor:
+    """The labels as int64.
+
+    Raises: ModelError for labels that are not one whole number for each token of `shape` (B, T); on a CPU also for a label that
+    is no token. A GPU would have to be waited for: there such a label gives a loss of nan.
+    """
     if not isinstance(labels, torch.Tensor):
         raise ModelError(f"labels are a {type(labels).__name__}; give a tensor of shape (rows, tokens).")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -227,9 +243,9 @@ def check_batch(model: Any, family: Family, ids: Any, embeds: Any, labels: Any, 
             f"labels are of shape {tuple(labels.shape)} and the batch of {shape}; give one label for each token, {IGNORE_INDEX} "
             "for none (the model shifts them by one itself)."
         )
-    labels, config = labels.long(), model.config
+    labels = labels.long()
     if labels.device.type == "cpu":
-        tokens = max(config.vocab_size, getattr(model.get_submodule(family.head.module), "out_features", 0))
+        tokens = max(model.config.vocab_size, getattr(model.get_output_embeddings(), "out_features", 0))
         odd = ((labels < 0) & (labels != IGNORE_INDEX)) | (labels >= tokens)
         if odd.any():
             row, token = odd.nonzero()[0].tolist()
@@ -237,10 +253,6 @@ def check_batch(model: Any, family: Family, ids: Any, embeds: Any, labels: Any, 
                 f"The label {int(labels[row, token])} in row {row}, token {token} is none of the {tokens} known tokens; "
                 f"give a token's number, or {IGNORE_INDEX} where no loss is wanted."
             )
-    if positions is None:
-        sentence = longer_than_positions(shape[1], config)
-        if sentence is not None:
-            warnings.warn(sentence, stacklevel=3)
     return labels
 
 

@@ -7,6 +7,7 @@ so PEFT (before or after), TRL, saving, caches and `generate` go on as they were
 from __future__ import annotations
 
 import re
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,12 +21,13 @@ from nbkit.families import Family, find
 from nbkit.kernels._launch import launch_note, runs_on
 from nbkit.models.asked import MARK as ASKED
 from nbkit.models.asked import UNASKED, Asked, unasked
-from nbkit.models.checkpointing import set_checkpointing
+from nbkit.models.checkpointing import check_way, set_checkpointing
 from nbkit.models.forwards import GRAPHS, MARK, bind, is_bound, unbind
 from nbkit.models.graphs import Graphs
 from nbkit.models.head import head_of, plain_head
 from nbkit.models.layer import bind as bind_whole
 from nbkit.models.layer import binding_of
+from nbkit.models.layer.parts import SILU
 from nbkit.models.obstacles import mixed_devices, stock_reason, weight_format
 from nbkit.models.running import numbers
 from nbkit.models.saving import bind_saving, unbind_saving
@@ -57,9 +59,9 @@ class Skipped:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PatchReport:
-    """What `patch` did. `str()` is made to be read; `bound` and `skipped` list every module it looked at.
+    """What `patch` did. `str()` is made to be read; `bound` and `skipped` list every module it looked at. It holds no model.
 
     After the first training step it also says what was chosen then: what is kept, which attention, whether steps are recorded,
     and what has come to run stock since, by the adapters that were added or by what the steps were given.
@@ -71,7 +73,7 @@ class PatchReport:
     runs: str
     bound: tuple[Bound, ...] = ()
     skipped: tuple[Skipped, ...] = ()
-    chosen: Callable[[], list[str]] = field(default=list, compare=False, repr=False)
+    chosen: Callable[[], list[str]] = field(default=list, compare=False)
 
     def __str__(self) -> str:
         family = f"family {self.family}" if self.family else "no declared family"
@@ -85,6 +87,8 @@ class PatchReport:
             paths = dict.fromkeys(_stars(one.path) or self.model for one in self.skipped if one.reason == reason)
             lines.append(f"  skipped  {count:>4} x {', '.join(paths)}: {reason}")
         return "\n".join(lines + self.chosen())
+
+    __repr__ = __str__  # what a notebook shows at the end of a cell
 
 
 def patch(model: Any, *, graphs: bool = True, use_gradient_checkpointing: bool | str | None = None) -> PatchReport:
@@ -106,6 +110,8 @@ def patch(model: Any, *, graphs: bool = True, use_gradient_checkpointing: bool |
     Raises: ModelError for an object that is no transformers model; ConfigError for another way of checkpointing.
     """
     base = base_model(model)
+    if use_gradient_checkpointing is not None:
+        check_way(use_gradient_checkpointing)
     family = find(base.config.model_type)
     device = next(base.parameters()).device
     about = {"model": type(base).__name__, "family": family.name if family else None, "device": str(device)}
@@ -125,13 +131,13 @@ def patch(model: Any, *, graphs: bool = True, use_gradient_checkpointing: bool |
         found += _bind_whole_layers(base, family, graphs)
     if use_gradient_checkpointing is not None:
         set_checkpointing(model, use_gradient_checkpointing)
-    skipped = tuple(one for one in found if isinstance(one, Skipped))
+    skipped, held = tuple(one for one in found if isinstance(one, Skipped)), weakref.ref(base)
     return PatchReport(
         **about,
         runs=_runs(device),
         bound=tuple(one for one in found if isinstance(one, Bound)),
         skipped=skipped,
-        chosen=lambda: _chosen(base, {one.reason for one in skipped}),
+        chosen=lambda: _chosen(held(), {one.reason for one in skipped}),
     )
 
 
@@ -149,6 +155,8 @@ def _runs(device: torch.device) -> str:
 
 def _chosen(base: Any, told: set[str]) -> list[str]:
     """Lines on what the engine has chosen so far. `told`: reasons that the report names anyway."""
+    if base is None:  # gone, though its report is still here
+        return []
     binding, graphs = binding_of(base), vars(base).get(GRAPHS)
     if binding is None:
         return []
@@ -277,7 +285,7 @@ def _mlp_reason(layer: nn.Module, family: Family) -> str | None:
     if facts.fused or facts.experts_key or facts.activation != "silu":
         return f"the MLP of {family.title} is not among those nbkit binds"
     act = getattr(layer.get_submodule(facts.module), "act_fn", None)
-    if type(act).__name__ not in ("SiLUActivation", "SiLU"):
+    if type(act).__name__ not in SILU:
         return f"its activation is {type(act).__name__}, the kernel has silu"
     return None
 

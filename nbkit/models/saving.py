@@ -1,4 +1,4 @@
-"""`save_pretrained` of a model whose weights lie in buffers of the fused layers, beside LoRA's: each needs memory of its own again.
+"""`save_pretrained` of a model whose weights lie in buffers of the fused layers, beside LoRA's: each has to have its own again.
 
 transformers and safetensors look for weights that share memory and take only those whose rows follow each other. So for the time
 of saving every linear has a weight of its own, one group of them after the other, and afterwards they go back.

@@ -92,6 +92,15 @@ def test_labels_of_other_whole_numbers(dtype: torch.dtype) -> None:
     assert model(input_ids=IDS, labels=IDS.to(dtype)).loss == model(input_ids=IDS, labels=IDS).loss
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_an_activation_that_is_replaced_later(way: str) -> None:
+    stock, model = lora("llama"), patched(lora("llama"), way)
+    for one in (stock, model):
+        for layer in one.get_base_model().model.layers:
+            layer.mlp.act_fn = torch.nn.ReLU()
+    assert_like_stock("loss", model(**batch()).loss, stock(**batch()).loss)
+
+
 # -- outputs -------------------------------------------------------------------------------------------------------------
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -197,6 +199,25 @@ def test_another_librarys_forward_and_hooks() -> None:
         assert line in lines, str(report)
 
 
+@pytest.mark.parametrize("unpatched", [True, False])
+def test_a_report_that_is_kept_keeps_no_model(unpatched: bool) -> None:
+    """A notebook holds what a cell shows for good: the model's memory must not hang on it."""
+    model = adapted()
+    report = nbkit.patch(model)
+    step(model, **batch())
+    gone = weakref.ref(model.get_base_model())
+    if unpatched:
+        nbkit.unpatch(model)
+    del model
+    gc.collect()
+    assert gone() is None and str(report).startswith("LlamaForCausalLM (family llama) on cpu: ")
+
+
+def test_a_report_at_the_end_of_a_cell_is_made_to_be_read() -> None:
+    report = nbkit.patch(adapted())
+    assert repr(report) == str(report)
+
+
 def test_every_line_is_short_enough_to_read() -> None:
     model = adapted(lora_dropout=0.05)
     report = nbkit.patch(model)
@@ -239,8 +260,10 @@ def test_the_models_own_switch_is_heard_too() -> None:
 
 def test_ways_of_checkpointing_that_are_not_known() -> None:
     for wrong in ("on", 1.5, "NBKIT"):
+        model = adapted()
         with pytest.raises(ConfigError, match="is not known; give one of True, False, 'auto', 'nbkit', 'unsloth'"):
-            nbkit.patch(adapted(), use_gradient_checkpointing=wrong)  # type: ignore[arg-type]
+            nbkit.patch(model, use_gradient_checkpointing=wrong)  # type: ignore[arg-type]
+        assert binding_of(model) is None and not any("forward" in vars(module) for module in model.modules())
 
 
 def test_checkpointing_where_no_layer_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
