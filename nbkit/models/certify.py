@@ -32,7 +32,7 @@ from nbkit.models.certificate import Certificate, Row
 from nbkit.models.certify_kernels import kernel_rows
 from nbkit.models.closeness import LIKE_STOCK, TOLERANCE, by_element, by_norm, like_stock
 from nbkit.models.dtype import compute_dtype
-from nbkit.models.forwards import GRAPHS
+from nbkit.models.forwards import GRAPHS, check_labels
 from nbkit.models.graphs import EAGER_FIRST
 from nbkit.models.layer import Keep, binding_of
 from nbkit.models.layer import bind as bind_layers
@@ -313,14 +313,27 @@ def _runs_stock(base: Any, report: PatchReport) -> list[str]:
 
 
 def _inputs(base: Any, batch: Mapping[str, Any] | None, device: torch.device) -> dict[str, Any]:
+    if batch is not None and not isinstance(batch, Mapping):
+        raise ModelError(
+            f"A {type(batch).__name__} is no batch; give {{'input_ids': tensor of shape (rows, tokens), 'labels': the same}}, "
+            "or batch=None."
+        )
     given = random_batch(base.config) if batch is None else dict(batch)
     ids = given.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.numel() == 0:
         shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
         raise ModelError(f"The batch has no tokens (input_ids: {shape}); give input_ids of shape (rows, tokens), or batch=None.")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ModelError(f"input_ids are {ids.dtype}; give whole numbers (int64).")
+    tokens = base.get_input_embeddings().weight.shape[0]
+    odd = ((ids < 0) | (ids >= tokens)).nonzero()
+    if len(odd):
+        row, at = odd[0].tolist()
+        raise ModelError(f"The token {int(ids[row, at])} in row {row} is none of the {tokens} of the vocabulary.")
     if given.get("labels") is None:
         mask = given.get("attention_mask")
         given["labels"] = ids if mask is None else ids.masked_fill(mask.to(ids.device) == 0, IGNORE_INDEX)
+    given["labels"] = check_labels(base, given["labels"], tuple(ids.shape))
     if not bool((given["labels"][:, 1:] != IGNORE_INDEX).any()):
         raise ModelError("No token of the batch bears a label, so there is no loss to compare; give labels other than -100.")
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items() if v is not None}

@@ -183,6 +183,16 @@ def test_a_batch_of_ones_own() -> None:
         ({"input_ids": torch.zeros(0, 5, dtype=torch.long)}, r"The batch has no tokens \(input_ids: \(0, 5\)\)"),
         ({"labels": torch.zeros(1, 5, dtype=torch.long)}, r"The batch has no tokens \(input_ids: NoneType\)"),
         ({"input_ids": torch.ones(1, 1, dtype=torch.long)}, "No token of the batch bears a label"),
+        (torch.ones(2, 5, dtype=torch.long), r"A Tensor is no batch; give \{'input_ids': tensor of shape \(rows, tokens\), "),
+        ([{"input_ids": torch.ones(2, 5)}], "A list is no batch"),
+        ({"input_ids": torch.ones(2, 5)}, "input_ids are torch.float32; give whole numbers .int64."),
+        ({"input_ids": torch.full((2, 5), 320)}, "The token 320 in row 0 is none of the 320 of the vocabulary"),
+        ({"input_ids": torch.ones(2, 5).long(), "labels": [[1] * 5] * 2}, "labels are a list; give a tensor"),
+        (
+            {"input_ids": torch.ones(2, 5).long(), "labels": torch.ones(2, 4).long()},
+            r"labels are of shape \(2, 4\) and the batch",
+        ),
+        ({"input_ids": torch.ones(2, 5).long(), "labels": torch.full((2, 5), 999)}, "The label 999 in row 0, token 0 is none of"),
     ],
 )
 def test_batches_that_are_refused(inputs: dict[str, torch.Tensor], sentence: str) -> None:
