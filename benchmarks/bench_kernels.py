@@ -5,7 +5,7 @@ usage: python -m benchmarks.bench_kernels [--ops rms_norm,rope] [--dtypes bfloat
 Times are medians in ms of triton.testing.do_bench (L2 flushed before each call; a call whose host time is longer than the flush
 counts that), of the forward ("fwd") and of forward + backward ("f+b") under a random upstream gradient, with weights frozen as
 under LoRA; "ref" is plain torch, cuBLAS, or what else would be used, "peer" Liger's or bitsandbytes' kernel where installed
-(_peers.py). "gain" is ref / op of the whole, "over peer" likewise. LoRA's two products have a row each as well, against cuBLAS.
+(_peers.py). "gain" is ref / op of the whole, "over peer" likewise. Of LoRA's two products y += xa B^T has a row as well.
 GB/s counts every input and output once: what had to move; TFLOP/s where GEMMs are most of it. "of limit" is that over what
 this GPU gave for a copy of 1 GiB, or for a GEMM of 8192, at the start. Errors are against the reference in float64 at
 the same widths and at most CHECK_ROWS rows, over the largest element, for the output and all gradients; beside them the error
@@ -210,7 +210,7 @@ def row(op: KernelOp, case: Case, dtype: torch.dtype, with_compile: bool, limits
 
 
 def product_rows(case: Case, dtype: torch.dtype, limits: tuple[float, float]) -> Iterable[dict[str, Any]]:
-    """LoRA's two products one by one, against cuBLAS."""
+    """The one of LoRA's two products that is nbkit's, against cuBLAS."""
     for name, ours, cublas, moved in products(case, inputs_of(lora_products.OP, case, dtype)):
         one, other = (times(fn, (), {}, Case("", {}))[0] for fn in (ours, cublas))
         yield {

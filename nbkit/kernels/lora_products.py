@@ -2,11 +2,10 @@
 
     xa_NR = x_NI a_RI^T  (rounded to x's dtype)              y_NO += scale * xa_NR b_OR^T
 
-Both are bound by memory: the first reads x once, the second reads and writes y once; A, B and xa are R wide. The first splits I
-over programs where there are too few rows to fill the GPU, and sums the parts in a fixed order. cuBLAS does the same with its
-own split; which is faster is a matter of measuring (benchmarks/bench_kernels.py), and below capability 8.0, where Triton has
-no tensor cores, cuBLAS is used. The fused layer puts both products into its large GEMMs (lora_border.py); these are for
-linears that stand alone.
+Both are bound by memory: the first reads x once, the second reads and writes y once; A, B and xa are R wide. The first is
+cuBLAS's own: it splits I over the GPU, and was 2 to 8 times as fast on an H200 as a Triton kernel that does (docs/log.md). Below
+capability 8.0, where Triton has no tensor cores, both are. The fused layer puts both products into its large GEMMs
+(lora_border.py); these are for linears that stand alone.
 Shapes: x (N, I), a (R, I), b (O, R), y (N, O) with any row stride; R <= 128.
 """
 
@@ -21,7 +20,6 @@ from nbkit.kernels._launch import capability_of, cdiv, check_rows, kernel, on_de
 from nbkit.kernels._op import Case, KernelOp
 
 MAX_RANK = 128
-_PROGRAMS = 256  # enough to fill a large GPU
 
 # -- reference -------------------------------------------------------------------------------------
 
@@ -31,26 +29,7 @@ def reference(x: Tensor, a: Tensor, b: Tensor, y: Tensor, *, scale: float = 1.0)
     return torch.addmm(y, x @ a.t(), b.t(), alpha=scale)
 
 
-# -- kernels ---------------------------------------------------------------------------------------
-
-
-@kernel
-def _tall_skinny_kernel(
-    X, A, OUT, stride_x, stride_a, stride_out, stride_part, N, width, share, R: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr
-):  # fmt: skip
-    """BLOCK_N rows of x A^T, over `share` columns of x; `share` is a multiple of BLOCK_I."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    r = tl.arange(0, BLOCK_R)
-    total = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
-    start = tl.program_id(1) * share
-    for offset in range(0, share, BLOCK_I):
-        i = start + offset + tl.arange(0, BLOCK_I)
-        x = tl.load(X + row[:, None] * stride_x + i[None, :], mask=(row < N)[:, None] & (i < width)[None, :], other=0.0)
-        a = tl.load(A + r[None, :] * stride_a + i[:, None], mask=(r < R)[None, :] & (i < width)[:, None], other=0.0)
-        total = tl.dot(x, a, total, input_precision="ieee")
-    place = OUT + tl.program_id(1).to(tl.int64) * stride_part + row[:, None] * stride_out + r[None, :]
-    tl.store(place, total.to(OUT.dtype.element_ty), mask=(row < N)[:, None] & (r < R)[None, :])
+# -- kernel ----------------------------------------------------------------------------------------
 
 
 @kernel
@@ -81,23 +60,7 @@ def lora_in(x: Tensor, a: Tensor, out: Tensor | None = None) -> Tensor:
     """
     if x.dim() != 2 or a.dim() != 2 or x.shape[1] != a.shape[1] or x.dtype != a.dtype:
         raise ValueError(f"x {tuple(x.shape)} {x.dtype} and a {tuple(a.shape)} {a.dtype} must be (N, I) and (R, I) of one dtype.")
-    (n, i), r = x.shape, a.shape[0]
-    out = torch.empty(n, r, dtype=x.dtype, device=x.device) if out is None else out
-    for name, rows in (("x", x), ("a", a), ("out", out)):
-        check_rows(name, rows)
-    if not (0 < r <= MAX_RANK and n and use_triton(x, a, out) and _tensor_cores(x)):
-        return out.copy_(x @ a.t())
-    block_n, block_i = (16 if n <= 2048 else 32), (128 if r <= 32 else 64)  # what is in flight has to fit small GPUs too
-    tiles = cdiv(n, block_n)
-    share = cdiv(cdiv(i, max(_PROGRAMS // tiles, 1)), block_i) * block_i
-    parts = cdiv(i, share)
-    to = out if parts == 1 else torch.empty(parts, n, r, dtype=torch.float32, device=x.device)
-    with on_device(x):
-        _tall_skinny_kernel[(tiles, parts)](
-            x, a, to, x.stride(0), a.stride(0), to.stride(-2), to.stride(0) if parts > 1 else 0, n, i, share,
-            R=r, BLOCK_N=block_n, BLOCK_I=block_i, BLOCK_R=max(power_of_two(r), 16), num_warps=4, num_stages=4
-        )  # fmt: skip
-    return out if parts == 1 else out.copy_(to.sum(0))
+    return torch.mm(x, a.t(), out=out) if out is not None else torch.mm(x, a.t())
 
 
 def lora_out_(y: Tensor, xa: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
@@ -154,7 +117,7 @@ OP = KernelOp(
         Case("odd sizes", {"N": 19, "I": 150, "O": 131, "R": 5}, {"scale": 2.0}),
         Case("one row", {"N": 1, "I": 300, "O": 40, "R": 16}),
         Case("rows that lie apart", {"N": 34, "I": 64, "O": 64, "R": 8, "strided": 1}),
-        Case("split over columns", {"N": 17, "I": 1000, "O": 16, "R": 20}),
+        Case("a rank that is no power of two", {"N": 17, "I": 1000, "O": 16, "R": 20}),
         Case("a rank beyond it", {"N": 5, "I": 160, "O": 16, "R": 130}),
     ),
     benchmark=(

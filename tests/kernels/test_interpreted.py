@@ -53,7 +53,7 @@ MUTANTS = [
     ("qk_norm_rope", "na, nb = da * c + db * s, db * c - da * s", "na, nb = da * c - db * s, db * c + da * s"),
     ("qk_norm_rope", "total += tl.sum(r * r, axis=1)", "total += 0.0"),
     ("nf4_gemv", "total += odd * low[None, :, :]", "total += even * low[None, :, :]"),
-    ("lora_products", "start = tl.program_id(1) * share", "start = 0"),
+    ("lora_products", 'tl.dot(xa, b, input_precision="ieee") * scale', 'tl.dot(xa, b, input_precision="ieee")'),
     ("swiglu_lora", "last = (tl.program_id(1) + 1) * blocks // tl.num_programs(1)\n    begin", "last = blocks\n    begin"),
     ("swiglu_lora", "(part * ranks + first + r)", "(part * ranks + r)"),
     ("swiglu_lora", "        XA_UP += BLOCK_N * stride_xa\n", ""),
