@@ -30,7 +30,6 @@ from nbkit.models.layer import binding_of
 from nbkit.models.layer.parts import SILU
 from nbkit.models.obstacles import mixed_devices, stock_reason, weight_format
 from nbkit.models.running import numbers
-from nbkit.models.saving import bind_saving, unbind_saving
 
 TITLES = {
     "layer": "whole decoder layer, one node with a hand-written backward",
@@ -186,7 +185,6 @@ def unpatch(model: Any) -> None:
     binding = binding_of(base)
     if binding is not None:
         binding.release()
-    unbind_saving(base)
     for module in base.modules():
         vars(module).pop(ASKED, None)
         unbind(module)
@@ -210,7 +208,6 @@ def bind_layer(layer: nn.Module, family: Family, path: str) -> list[Bound | Skip
 def _bind_whole_layers(base: Any, family: Family, graphs: bool) -> list[Bound | Skipped]:
     """The fused layer where it fits. What it hands on to the layer's own forward finds the pieces above bound there."""
     binding = bind_whole(base, family)
-    bind_saving(base)
     binding.refresh()  # adapters that do not fit are known now and not in the middle of a run
     path, reasons = family.decoder.layers, binding.reasons
     fused = [one.parts.index for one in binding.bound if one.parts.index not in reasons]

@@ -173,7 +173,9 @@ class Binding:
                 self.rest()
             return
         self.stepping = get_ident()
-        check_tokens(kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        if ids is not None or embeds is not None:  # if neither is there, the decoder says so
+            check_tokens(ids, embeds)
         if not self.looked:
             self.refresh()
         self.looked = False

@@ -156,7 +156,7 @@ class Group:
         found = torch.cat([p.detach().to(self.dtype) for p in parts])
         if all(b.bias is not None and b.bias.dtype == self.dtype for b in bases):
             for base, part in zip(bases, found.split(self.sizes), strict=True):
-                base.bias.data = part
+                base.bias.data = apart(part)
             self.shares_bias = True
         return found
 
@@ -305,7 +305,7 @@ class Group:
         for base in self.bases:
             rows = buffer[start : start + base.out_features, : self.inputs]
             rows.copy_(base.weight.detach())
-            base.weight.data = rows
+            base.weight.data = apart(rows)
             start += base.out_features
         return buffer
 
@@ -321,10 +321,18 @@ class Group:
 
     def _give_back(self, bases: Sequence[nn.Module]) -> None:
         """What of these linears is a part of a buffer here gets storage of its own, under whatever name it is held by now."""
-        ours = {t.untyped_storage().data_ptr() for t in (self.buffer, self.bias) if t is not None}
+        ours = [(at := t.data_ptr(), at + t.numel() * t.element_size()) for t in (self.buffer, self.bias) if t is not None]
         for p in (p for base in bases for p in base.parameters()):
-            if p.untyped_storage().data_ptr() in ours:
+            if any(first <= p.data_ptr() < end for first, end in ours):
                 p.data = p.detach().clone(memory_format=torch.contiguous_format)
+
+
+def apart(part: Tensor) -> Tensor:
+    """The same memory as a storage of its own, which keeps the whole alive.
+
+    Who saves a model takes tensors of one storage for one tied weight: transformers refuses them, accelerate drops all but one.
+    """
+    return torch.from_dlpack(part)
 
 
 def _kind(thing: object) -> str:
