@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 TILE = 4096  # rows that go through the projections and the MLP at a time: GEMMs lose nothing at this size
 HOST_SHARE = 0.75  # of the free host RAM that kept activations may take
+WORKSPACES = 64 * 2**20  # of cuBLAS, for the stream of a recorded step
+LOOSE = 0.03  # of a recorded step's memory lies between its tensors
 CHUNK = 256 * 2**20  # the most bytes of logits that exist at a time
 # Bytes of a double-quantised weight: 4 bits, an 8-bit absmax per 64 weights, a float32 scale per 256 of those (arXiv 2305.14314).
 NF4_BYTES = 0.5 + 1 / 64 + 4 / 16384
@@ -116,6 +118,7 @@ def step(
     parked: bool = False,
     normed: bool = False,
     richer: tuple[int, int, bool] = (0, 0, False),
+    recorded: bool = False,
 ) -> dict[str, int]:
     """Bytes by part that a training step adds to the loaded model.
 
@@ -125,6 +128,7 @@ def step(
         optimizer_bytes: of the optimizer's state, for one LoRA parameter.
         parked: the embedding is moved to host RAM, which gives its bytes back.
         richer: (layers, level, offload): so many of the layers keep what that level says instead, in host RAM or not.
+        recorded: as a CUDA graph, which has memory, gradients and workspaces of its own.
     """
     on_device = kept(level, s, normed) - (s.size * _wide(level, s) if offload else 0)
     work = working(level, rows, s, tile) if groups is None else lean(level, rows, s, tile or rows, groups)
@@ -135,10 +139,11 @@ def step(
     parts = {
         "kept activations": rows * ((s.layers - some) * on_device + some * of_richer),
         "working memory": max(work, head(rows, s) + (2 * rows * s.hidden * s.size if groups else 0)),
-        # The parameters' own, and those that a recorded step's layers write; just that, with ranks in steps of 16.
-        "LoRA gradients": s.lora * s.lora_bytes * (1 if groups else 2),
+        "LoRA gradients": s.lora * s.lora_bytes,
         "optimizer": round(s.lora * optimizer_bytes),
     }
+    if recorded:  # the gradients that its layers write beside the parameters' own: just these with ranks in steps of 16
+        parts["recorded step"] = s.lora * s.lora_bytes + WORKSPACES + round(LOOSE * parts["kept activations"])
     if four_bit:
         parts["16-bit copy of the weights" if copy else "dequantised layer"] = s.weights * s.size if copy else scratch(s)
     if parked:

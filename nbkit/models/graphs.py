@@ -193,6 +193,7 @@ class Graphs:
 
     def __post_init__(self) -> None:
         self.binding.planning.append(self.drop)
+        self.binding.records = self.records
 
     def drop(self) -> None:
         """Give all graphs and their memory back."""
@@ -216,19 +217,34 @@ class Graphs:
     def fits(self, ids: Tensor) -> bool:
         """Whether this call may be a graph at all; `note` gets the reason if not."""
         binding = self.binding
-        parts = binding.bound[0].parts if binding.bound else None
+        plan = binding.planner.plan if binding.keep is None else None
         reasons = {
-            self.failed: bool(self.failed),
-            "not every layer takes the fused path": parts is None or bool(binding.reasons),
             "the tokens are not on the GPU": not ids.is_cuda,
             "layer inputs are kept in host RAM": binding.chosen.offload,
-            "the embedding is in host RAM": binding.planner.parks and binding.keep is None,
+            "the embedding is in host RAM": plan is not None and plan.park,
+            "memory is too short for a recorded step beside the eager ones": plan is not None and not plan.records,
+        }
+        why = self.obstacle(ids.numel()) or next((reason for reason, holds in reasons.items() if holds), None)
+        self.note = why or self.note
+        return why is None
+
+    def obstacle(self, rows: int) -> str | None:
+        """Why steps of so many tokens are recorded on no GPU, whatever memory there is; None where they are."""
+        parts = self.binding.bound[0].parts if self.binding.bound else None
+        reasons = {
+            self.failed: bool(self.failed),
+            "not every layer takes the fused path": parts is None or bool(self.binding.reasons),
             "autocast asks for another dtype": parts is not None and autocast_differs("cuda", parts.dtype),
             "more is trained than LoRA": not self.only_lora or any(p.requires_grad for p in self.outside),
-            "the GPU, not its launches, sets the pace": ids.numel() * self.weights > LAUNCH_BOUND,
+            "the GPU, not its launches, sets the pace": rows * self.weights > LAUNCH_BOUND,
         }
-        self.note = next((reason for reason, holds in reasons.items() if holds), self.note)
-        return not any(reasons.values())
+        return next((reason for reason, holds in reasons.items() if holds), None)
+
+    def records(self, rows: int) -> bool:
+        """For the planner: whether steps of so many tokens are recorded, if there is memory for it."""
+        if self.version != self.binding.version:
+            self.learn()
+        return self.obstacle(rows) is None
 
     def record_if_due(self, key: tuple, shape: Sequence[int], pack: Pack | None) -> Recorded | None:
         """Record this shape if it came often enough of late; None if it did not, or cannot be recorded."""
@@ -253,6 +269,7 @@ class Graphs:
     def give_up(self, what: str) -> None:
         """After a recording that failed: the eager step gets all memory that graphs had. Said once, noted for good."""
         self.drop()
+        self.binding.planner.plan = None  # which counted on recorded steps: what fits eager ones is another
         self.binding.rows.handed = None  # a gradient on its way from layer to layer
         give_back()
         todo = "; a smaller batch leaves room for it" if "out of memory" in what else ""

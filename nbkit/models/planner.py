@@ -30,6 +30,8 @@ RESERVE = 128 * 2**20  # cuBLAS workspaces, cuDNN, other small users
 LONG = 16384  # rows from which attention costs more than two copies over the bus
 GROUP_BYTES = 256 * 2**20  # of one round of attention's backward
 GIB = 2**30
+LAUNCHES = 0.12  # of a small step, where no graph launches it: 6 % on an 8B model of 512 tokens, 13 to 28 on a 1B of 1,024
+DEQUANTISED = 250  # rows whose products take as long as dequantising all weights, in both directions
 NO_LIMIT = 2**62  # bytes free, where nobody says how many there are
 
 
@@ -42,6 +44,7 @@ class Plan:
         park: the embedding lies in host RAM.
         host: bytes of host RAM for what layers keep.
         richer, count: the last `count` layers keep what `richer` says.
+        records: steps may be recorded as CUDA graphs, as far as memory goes.
     """
 
     keep: Keep
@@ -54,6 +57,7 @@ class Plan:
     host: int = 0
     richer: Keep | None = None
     count: int = 0
+    records: bool = False
 
     def on_host(self, layers: int) -> tuple[int, int]:
         """Of how many of the `layers` layers the inputs, and of how many the attention outputs, lie in host RAM."""
@@ -113,6 +117,7 @@ class Planner:
             host=free_host_bytes() + (binding.host.held if binding.host is not None else 0),
             optimizer_bytes=binding.optimizer_bytes,
             may_park=device.type == "cuda" and binding.may_park(),
+            records=binding.records(rows),
         )
         return self.plan
 
@@ -152,6 +157,7 @@ def choose(
     host: int = 0,
     may_park: bool = False,
     optimizer_bytes: float = 8,
+    records: bool = False,
 ) -> Plan:
     """The fastest plan for `rows` rows that fits into `free` bytes; the leanest if none does.
 
@@ -160,42 +166,68 @@ def choose(
         stepped: gradients and optimizer state are there already and not to be counted.
         host: bytes of host RAM that are free.
         may_park: whether the embedding may lie in host RAM.
-        optimizer_bytes: of the optimizer's state, for one LoRA parameter.
+        records: steps of this size are recorded where memory allows it. Where it does not, a recorded step that repeats a
+            little is weighed against launching all of one that repeats nothing.
     """
-    room = int(free * (1 - MARGIN)) - RESERVE
-    passed, least = [], None
-    for keep, copy, park in candidates(sizes, rows, four_bit=four_bit, checkpointed=checkpointed):
-        on_host = _host(keep, rows, sizes, sizes.layers)
-        if (park and not may_park) or on_host > HOST_SHARE * host:
-            continue
-        plan = Plan(keep, copy, rows, 0, free, "", park, on_host)
-        needs = partial(_needs, plan, sizes, four_bit, optimizer_bytes, stepped)
-        plan = replace(plan, needed=needs())
-        if plan.needed <= room:
-            if passed and not checkpointed:
-                plan = _fill(plan, sizes, room, int(HOST_SHARE * host), needs)
-            return _because(plan, passed, checkpointed)
-        passed.append(plan)
-        least = plan if least is None or plan.needed < least.needed else least
-    assert least is not None
-    return _because(least, [], checkpointed, "nothing leaner is there; it may not fit")
+    asked = partial(_Asked, sizes, rows, free, four_bit, checkpointed, stepped, host, may_park, optimizer_bytes)
+    eager, _ = asked(False).first()
+    if not records:
+        return eager
+    recorded, fits = asked(True).first()
+    return recorded if fits and _extra(recorded, sizes, four_bit) <= _extra(eager, sizes, four_bit) + LAUNCHES else eager
 
 
-def _needs(
-    plan: Plan,
-    sizes: forecast.Sizes,
-    four_bit: bool,
-    optimizer_bytes: float,
-    stepped: bool,
-    richer: tuple[int, int, bool] = (0, 0, False),
-) -> int:
-    """Bytes beyond the loaded model; `richer`: so many layers keep what that level says, in host RAM or not."""
-    keep = plan.keep
-    parts = forecast.step(
-        keep.level, plan.rows, sizes, four_bit=four_bit, copy=plan.copy, offload=keep.offload, tile=keep.tile, groups=keep.groups,
-        parked=plan.park, optimizer_bytes=optimizer_bytes, normed=keep.normed, richer=richer,
-    )  # fmt: skip
-    return sum(n for name, n in parts.items() if not (stepped and name in ("LoRA gradients", "optimizer")))
+@dataclass(frozen=True)
+class _Asked:
+    """What `choose` was given, and how steps run."""
+
+    sizes: forecast.Sizes
+    rows: int
+    free: int
+    four_bit: bool
+    checkpointed: bool
+    stepped: bool
+    host: int
+    may_park: bool
+    optimizer_bytes: float
+    recorded: bool
+
+    def first(self) -> tuple[Plan, bool]:
+        """The first plan that fits, and True; or the leanest, and False."""
+        sizes, rows = self.sizes, self.rows
+        room = int(self.free * (1 - MARGIN)) - RESERVE
+        passed, least = [], None
+        for keep, copy, park in candidates(sizes, rows, four_bit=self.four_bit, checkpointed=self.checkpointed):
+            on_host = _host(keep, rows, sizes, sizes.layers)
+            if (park and not self.may_park) or on_host > HOST_SHARE * self.host or (self.recorded and (park or keep.offload)):
+                continue
+            plan = Plan(keep, copy, rows, 0, self.free, "", park, on_host, records=self.recorded)
+            plan = replace(plan, needed=self.needs(plan))
+            if plan.needed <= room:
+                if passed and not self.checkpointed:
+                    plan = _fill(plan, sizes, room, int(HOST_SHARE * self.host), partial(self.needs, plan))
+                return _because(plan, passed, self.checkpointed), True
+            passed.append(plan)
+            least = plan if least is None or plan.needed < least.needed else least
+        assert least is not None
+        return _because(least, [], self.checkpointed, "nothing leaner is there; it may not fit"), False
+
+    def needs(self, plan: Plan, richer: tuple[int, int, bool] = (0, 0, False)) -> int:
+        """Bytes beyond the loaded model; `richer`: so many layers keep what that level says, in host RAM or not."""
+        keep = plan.keep
+        parts = forecast.step(
+            keep.level, plan.rows, self.sizes, four_bit=self.four_bit, copy=plan.copy, offload=keep.offload, tile=keep.tile,
+            groups=keep.groups, parked=plan.park, optimizer_bytes=self.optimizer_bytes, normed=keep.normed, richer=richer,
+            recorded=self.recorded,
+        )  # fmt: skip
+        return sum(n for name, n in parts.items() if not (self.stepped and name in ("LoRA gradients", "optimizer")))
+
+
+def _extra(plan: Plan, sizes: forecast.Sizes, four_bit: bool) -> float:
+    """What a step does beside the products of its forward and backward, as a share of them: repeats, and dequantises."""
+    levels = [(plan.keep, sizes.layers - plan.count), (plan.richer or plan.keep, plan.count)]
+    again = sum(count * forecast.repeated(keep.level, plan.rows, sizes) for keep, count in levels)
+    return again / (2 * sizes.weights) + (DEQUANTISED / plan.rows if four_bit and not plan.copy else 0.0)
 
 
 def _fill(plan: Plan, sizes: forecast.Sizes, room: int, host: int, needs: Callable[..., int]) -> Plan:

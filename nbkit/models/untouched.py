@@ -112,4 +112,5 @@ def levels_kept(binding: Any, graphs: Graphs | None) -> Iterator[None]:
                 graphs.pool = None  # memory of graphs that are all gone is not to be recorded into again
             graphs.recent.clear()
             graphs.recent.extend(recent)
-            graphs.failed = failed  # training has the memory that a twin of the model took here
+            if graphs.failed != failed:  # training has the memory that a twin of the model took here
+                graphs.failed, binding.planner.plan = failed, None

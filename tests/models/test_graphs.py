@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from nbkit.models import running
 from nbkit.models.forwards import GRAPHS
 from nbkit.models.graphs import EAGER_FIRST, Graphs
 from nbkit.models.layer import backward
+from nbkit.models.layer import binding_of as nbkit_binding
 from nbkit.models.layer.forward import Call
 from nbkit.models.untouched import levels_kept
 from tests.closeness import assert_all_like_stock
@@ -295,13 +297,42 @@ def test_what_is_no_failure_of_the_device_is_raised_and_the_next_step_is_as_ever
     assert_all_like_stock(grads, want)
 
 
-def test_an_embedding_in_host_ram_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_without_room_for_it_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     model, graphs = patched()
     step(model, **batch())
-    monkeypatch.setattr(type(graphs.binding.planner), "parks", True)
-    for _ in range(EAGER + 1):
-        step(model, **batch())
-    assert graphs.note == "the embedding is in host RAM" and not Tape.made
+    planner = graphs.binding.planner
+    assert planner.plan is not None and planner.plan.records
+    for change, why in (
+        ({"park": True}, "the embedding is in host RAM"),
+        ({"records": False}, "memory is too short for a record"),
+    ):
+        with monkeypatch.context() as now:
+            now.setattr(planner, "plan", replace(planner.plan, **change))
+            for _ in range(EAGER + 1):
+                step(model, **batch())
+            assert graphs.note.startswith(why) and not Tape.made
+
+
+def test_a_step_that_could_not_be_recorded_is_planned_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, graphs = patched()
+    planner = graphs.binding.planner
+    with monkeypatch.context() as now, pytest.warns(UserWarning, match="failed: no"):
+        now.setattr(room, "capture", failing(RuntimeError("no"), [], []))
+        for _ in range(EAGER + 2):
+            step(model, **batch())
+            assert planner.plan is not None and planner.plan.records is not bool(graphs.failed)
+    assert graphs.failed and not planner.plan.records
+
+
+def test_only_steps_that_are_recorded_are_planned_with_memory_for_it() -> None:
+    model, graphs = patched()
+    assert graphs.records(64) and not graphs.records(2**60)
+    nbkit.unpatch(model)
+    assert not graphs.binding.records(64)
+    nbkit.patch(model, graphs=False)
+    step(model, **batch())
+    binding = nbkit_binding(model)
+    assert not binding.records(64) and not binding.planner.plan.records
 
 
 def test_a_recording_that_fails_in_a_comparison_says_nothing_of_training(monkeypatch: pytest.MonkeyPatch) -> None:

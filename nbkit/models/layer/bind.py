@@ -51,6 +51,7 @@ class Binding:
         self.keep: Keep | None = None
         self.planner = planner.Planner()
         self.planning: list[Callable[[], None]] = []  # called before memory is planned: who holds some that it may give back
+        self.records: Callable[[int], bool] = _never  # whether steps of so many tokens are recorded, where memory allows it
         self.how: set[str] = set()  # the attention implementations met, for the report
         self.everything: Watch | None = None
         self.looked = False  # the model's forward has read the adapters: the decoder's, which it calls next, need not
@@ -289,6 +290,7 @@ class Binding:
         self.stacks.drop()
         self.stacks.binding = None  # with those who plan it ties this into cycles: the model would stay until they are collected
         self.planning.clear()
+        self.records = _never
         self.embedding.park(False)
         self.host = None
         if self.norm is not None:
@@ -298,6 +300,10 @@ class Binding:
 
 def _nothing() -> None:
     return None
+
+
+def _never(rows: int) -> bool:
+    return False
 
 
 def _before(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

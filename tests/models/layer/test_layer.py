@@ -166,7 +166,7 @@ def test_random_upstream_gradient_and_strided_input():
     for fused in (False, True):
         binding = bound(model) if fused else None
         if binding:
-            binding.before({})
+            binding.before({"input_ids": torch.ones(1, 1, dtype=torch.int64)})
         x = wide[..., ::2].detach().requires_grad_()
         places = rotary(x, torch.arange(7)[None])
         y = (
@@ -203,7 +203,7 @@ def test_gradcheck_in_float64():
     ):
         trained.requires_grad_(True)
     binding = bound(model)
-    binding.before({})
+    binding.before({"input_ids": torch.ones(1, 1, dtype=torch.int64)})
     parts = binding.bound[0].parts
     how = attention.Attend("plain", parts.scale)
     x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
