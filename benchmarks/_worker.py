@@ -83,7 +83,7 @@ class Worker:
                 self.enter(arm)
                 found = self.parity(PASSES.get(arm, 1) if self.wanted.rows <= 16384 else 1, grads)
             except torch.cuda.OutOfMemoryError as error:
-                tried.append(str(error).split(".")[0])
+                tried.append(" ".join(str(error).split())[:400])  # with the bytes that were asked for, free and lying idle
                 self.model.zero_grad(set_to_none=True)
                 del error
                 continue

@@ -73,7 +73,6 @@ def run(file: str, until: float, options: list[str]) -> Outcome:
             "-p",
             "no:cacheprovider",
             "--tb=short",
-            f"--junitxml={junit}",
         ]
         many = SPREAD.get(Path(file).stem, 0) if importlib.util.find_spec("xdist") else 0
         command += [f"--junitxml={junit}", *(["-n", str(many)] if many else []), *options, file]
