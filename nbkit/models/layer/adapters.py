@@ -150,6 +150,11 @@ class Watch:
         return all(bool(names) is there for names, there in self.merged)
 
 
+def other_method(name: str, module: nn.Module) -> Unfit:
+    """The reason of a part that another method of PEFT than LoRA has wrapped."""
+    return Unfit(f"{name} carries an adapter of {type(module).__module__.removesuffix('.layer')}, which is not LoRA")
+
+
 def terms(module: nn.Module, start: int, stop: int, offset: int, name: str) -> list[Term]:
     """The LoRA terms of one linear.
 
@@ -157,8 +162,8 @@ def terms(module: nn.Module, start: int, stop: int, offset: int, name: str) -> l
     """
     if not hasattr(module, "base_layer"):
         return []
-    if not hasattr(module, "lora_A"):
-        raise Unfit(f"{name} carries an adapter of {type(module).__module__.removesuffix('.layer')}, which is not LoRA")
+    if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
+        raise other_method(name, module)
     if module.disable_adapters or module.merged:
         return []
     found = []

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nbkit.families import Family
-from nbkit.models.layer.adapters import Unfit, Watch, base_of, foreign, hooks_made
+from nbkit.models.layer.adapters import Unfit, Watch, base_of, foreign, hooks_made, other_method
 from nbkit.models.layer.weights import Group, Scratch
 
 SILU = ("SiLUActivation", "SiLU")  # torch's class and transformers' of it
@@ -87,7 +87,11 @@ class Parts:
         return self.qkv.dtype
 
     def _norms(self) -> tuple[Any, Any]:
-        first, second = (base_of(self.layer.get_submodule(name)) for name in self.norm_names)
+        found = [self.layer.get_submodule(name) for name in self.norm_names]
+        for name, module in zip(self.norm_names, found, strict=True):
+            if "base_layer" in module._modules:
+                raise other_method(name, module)
+        first, second = map(base_of, found)
         return first, second
 
     def _inside(self) -> list[tuple[str, nn.Module]]:

@@ -204,6 +204,42 @@ def test_weights_of_an_unknown_kind() -> None:
     binding.release()
 
 
+@pytest.mark.parametrize("first", ["adapter", "patch"])
+@pytest.mark.parametrize(
+    ("method", "options", "reason"),
+    [
+        (
+            "AdaLora",
+            {"target_modules": ["q_proj"], "total_step": 100},
+            "q_proj carries an adapter of peft.tuners.adalora, which is",
+        ),
+        (
+            "LNTuning",
+            {"target_modules": ["input_layernorm"]},
+            "input_layernorm carries an adapter of peft.tuners.ln_tuning, which",
+        ),
+    ],
+)
+def test_adapters_of_other_methods_that_look_like_lora_or_sit_on_norms(
+    method: str, options: dict[str, Any], reason: str, first: str
+) -> None:
+    import peft
+
+    def adapted(model: Any) -> Any:
+        torch.manual_seed(3)
+        return peft.get_peft_model(model, getattr(peft, f"{method}Config")(**options)).train()
+
+    wanted = step(adapted(tiny_model("llama")), **batch())
+    model = tiny_model("llama")
+    model = adapted(model) if first == "adapter" else model
+    binding = bound(model)
+    model = adapted(model) if first == "patch" else model
+    loss, grads = step(model, **batch())
+    assert loss == wanted[0] and worst(grads, wanted[1])[0] < 1e-6
+    assert [why.startswith(reason) for why in binding.reasons.values()] == [True, True]
+    binding.release()
+
+
 def test_a_first_forward_under_hooks_loses_no_gradient() -> None:
     """As `find_overflow` and profilers do before the first step."""
     model = lora("llama")
