@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nbkit.families import Family
 from nbkit.models.layer.adapters import Unfit, Watch, base_of, foreign, hooks_made, other_method
-from nbkit.models.layer.weights import Group, Scratch
+from nbkit.models.layer.weights import Group, Scratch, kind_of
 
 SILU = ("SiLUActivation", "SiLU")  # torch's class and transformers' of it
 
@@ -27,13 +27,13 @@ class Parts:
         self.gate_up = Group("gate_up", mlp, (family.mlp.gate, family.mlp.up), scratch)
         self.down = Group("down", mlp, (family.mlp.down,), scratch)
         self.groups = (self.qkv, self.o, self.gate_up, self.down)
-        self.norm_names = (family.norm.attention, family.norm.mlp)
+        self.norm_names, self.eps_name = (family.norm.attention, family.norm.mlp), family.norm.eps
+        self.eps = 0.0
         self.norms = self._norms()
         self.norms_trained = (False, False)
         self.blocks = (attention, mlp)
         self.odd: str | None = None  # what of the layer is not as its class has it
         self.seen: tuple[Any, ...] = ()  # what tells that it has to be looked for again
-        self.eps = float(getattr(self.norms[0], family.norm.eps))
         self.k = int(getattr(attention, "head_dim", 0) or config.hidden_size // config.num_attention_heads)
         self.h, self.g = config.num_attention_heads, config.num_key_value_heads
         self.d, self.f = self.qkv.inputs, self.down.inputs
@@ -55,9 +55,11 @@ class Parts:
 
     def refresh(self) -> bool:
         """Read the adapters again; True if any changed. Raises: Unfit."""
-        norms = self._norms()
+        eps, norms = self.eps, self._norms()
         trained = tuple(norm.weight.requires_grad for norm in norms)
-        changed = trained != self.norms_trained or any(a is not b for a, b in zip(norms, self.norms, strict=True))
+        changed = (
+            eps != self.eps or trained != self.norms_trained or any(a is not b for a, b in zip(norms, self.norms, strict=True))
+        )
         self.norms, self.norms_trained = norms, trained
         for group in self.groups:
             changed |= group.refresh()
@@ -92,6 +94,12 @@ class Parts:
             if "base_layer" in module._modules:
                 raise other_method(name, module)
         first, second = map(base_of, found)
+        for name, norm in zip(self.norm_names, (first, second), strict=True):
+            if not hasattr(norm, self.eps_name):
+                raise Unfit(f"{name} is a {kind_of(norm)}, not an RMSNorm")
+        if getattr(first, self.eps_name) != getattr(second, self.eps_name):
+            raise Unfit("its norms differ in epsilon")
+        self.eps = float(getattr(first, self.eps_name))
         return first, second
 
     def _inside(self) -> list[tuple[str, nn.Module]]:
@@ -101,6 +109,7 @@ class Parts:
     def report_to(self, everything: Watch) -> bool:
         """Add what `refresh` looks at; False if it has to be asked each time."""
         everything.places += [(vars(m), "forward", vars(m).get("forward")) for m in (*self.blocks, *self.norms)]
+        everything.places += [(vars(m), self.eps_name, vars(m).get(self.eps_name)) for m in self.norms]
         everything.places.append((vars(self), "norms", self.norms))
         for name in self.norm_names:
             everything.look(*_parent(self.layer, name))

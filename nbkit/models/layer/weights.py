@@ -116,7 +116,7 @@ class Group:
         names = ", ".join(self.names)
         odd = next((b for b in bases if not isinstance(b, nn.Linear)), None)
         if odd is not None:
-            raise Unfit(f"one of {names} is a {_kind(odd)}, not a plain or NF4 linear")
+            raise Unfit(f"one of {names} is a {kind_of(odd)}, not a plain or NF4 linear")
         if any(b._parameters.get("weight") is None for b in bases):
             raise Unfit(f"the weight of {names} is made anew in each forward (pruned or parametrized)")
         self.bases = bases
@@ -138,10 +138,10 @@ class Group:
         else:
             odd = next((b for b in bases if type(b) is not nn.Linear), None)
             if odd is not None:
-                raise Unfit(f"one of {', '.join(self.names)} is a {_kind(odd)}, not a plain or NF4 linear")
+                raise Unfit(f"one of {', '.join(self.names)} is a {kind_of(odd)}, not a plain or NF4 linear")
             odd = next((b.weight for b in bases if type(b.weight) not in (nn.Parameter, Tensor)), None)
             if odd is not None:
-                raise Unfit(f"a weight of {', '.join(self.names)} is a {_kind(odd)}, a format that no kernel here knows")
+                raise Unfit(f"a weight of {', '.join(self.names)} is a {kind_of(odd)}, a format that no kernel here knows")
             found = {b.weight.dtype for b in bases}
         if len(found) != 1 or not next(iter(found)).is_floating_point:
             raise Unfit(f"{', '.join(self.names)} compute in different dtypes")
@@ -335,6 +335,6 @@ def apart(part: Tensor) -> Tensor:
     return torch.from_dlpack(part)
 
 
-def _kind(thing: object) -> str:
+def kind_of(thing: object) -> str:
     """A class with the library it is from: many are called Linear."""
     return f"{type(thing).__name__} of {type(thing).__module__.split('.')[0]}"

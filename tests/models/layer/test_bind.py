@@ -204,3 +204,28 @@ def test_a_loss_in_eval_mode_asks_for_no_cache() -> None:
     assert binding.how and not binding.asides
     assert loss == pytest.approx(stock[0], rel=1e-5) and worst(grads, stock[1])[0] < 1e-5
     nbkit.unpatch(model)
+
+
+def layer_norm(model: Any) -> None:
+    decoder(model).layers[0].input_layernorm = nn.LayerNorm(32)
+
+
+def another_eps(model: Any) -> None:
+    decoder(model).layers[0].post_attention_layernorm.variance_epsilon = 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(layer_norm, "input_layernorm is a LayerNorm of torch, not an RMSNorm"), (another_eps, "its norms differ in epsilon")],
+)
+def test_norms_that_no_fused_step_has(change: Callable[[Any], None], reason: str) -> None:
+    binding = assert_followed(lambda: lora("llama", num_hidden_layers=1), change, fused=False)
+    assert binding.reasons == {0: reason}
+
+
+def test_an_epsilon_that_is_changed() -> None:
+    def change(model: Any) -> None:
+        for layer in decoder(model).layers:
+            layer.input_layernorm.variance_epsilon = layer.post_attention_layernorm.variance_epsilon = 0.5
+
+    assert_followed(lambda: lora("llama"), change)
