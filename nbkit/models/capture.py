@@ -17,8 +17,10 @@ import torch
 T = TypeVar("T")
 
 
-def capture(run: Callable[[], T], pool: Any, device: torch.device) -> tuple[torch.cuda.CUDAGraph, T]:
-    """(the graph of what `run` launches on `device`, what `run` returned). `pool`: of a graph to share memory with, or None.
+def capture(run: Callable[[], T], pool: Any, device: torch.device) -> tuple[torch.cuda.CUDAGraph, T, int]:
+    """(the graph of what `run` launches on `device`, what `run` returned, bytes that the graph's pool grew by).
+
+    `pool`: of a graph to share memory with, or None.
 
     Raises: RuntimeError in the words of what failed first; the recording's memory has been given back then.
     """
@@ -26,6 +28,7 @@ def capture(run: Callable[[], T], pool: Any, device: torch.device) -> tuple[torc
     pool = pool or torch.cuda.graph_pool_handle()
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()  # the graph has memory of its own: what the eager steps left would lie idle beside it
+    before = torch.cuda.memory_reserved(device)
     with ExitStack() as otherwise:
         otherwise.callback(_let_go, graph, pool, device, stream)
         try:
@@ -37,7 +40,7 @@ def capture(run: Callable[[], T], pool: Any, device: torch.device) -> tuple[torc
                     why = reason_of(error)  # where the recording cannot be ended either, that is what is raised
                     raise
             otherwise.pop_all()
-            return graph, made
+            return graph, made, torch.cuda.memory_reserved(device) - before
         except RuntimeError as error:
             why, made = why or reason_of(error), None
             forget(error)

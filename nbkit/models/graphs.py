@@ -36,10 +36,12 @@ from nbkit.models.layer.adapters import plain_tensors
 from nbkit.models.layer.arena import Arena, Place
 from nbkit.models.layer.bind import autocast_differs
 from nbkit.models.layer.weights import Scratch
+from nbkit.models.planner import free_bytes
 
 EAGER_FIRST = 2  # eager steps of a shape before it is recorded: kernels compile and cuDNN makes its plan in them
 RECENT = 12  # and they lie within this many steps: batches of ever new lengths are not worth a recording each
 FIRST_SCALE = 2.0**16  # of the loss in float16, until the first backward tells; torch's own scaler begins there too
+PATIENCE = 3  # times that graphs make way for eager steps and are recorded again
 MOST = 8  # graphs at a time: each holds its gradients and the activations of a step
 # Weights times tokens up to which a graph pays: 8B gains 70 % at 512 tokens and nothing at 4,096; the 1B gains 130 % at 1,024.
 LAUNCH_BOUND = 2.0e13
@@ -149,6 +151,8 @@ class Graphs:
     weights: int = 0  # of all decoder linears
     storage: tuple[list[Tensor], list[int]] = ([], [])  # parameters and buffers of the model, and where they lay
     pool: Any = None
+    held: int = 0  # bytes of it: eager steps cannot have them
+    gave_way: int = 0  # times that they had to be given back for an eager step
 
     def step(
         self, ids: Tensor, targets: Tensor, items: float | Tensor | None, pack: Pack | None = None
@@ -167,6 +171,7 @@ class Graphs:
             key = self.key(ids, pack)
         one = (self.recorded.get(key) or self.record_if_due(key, ids.shape, pack)) if key is not None else None
         if one is None:
+            self.make_way(ids.numel())
             self.binding.looked = True
             return None
         if pending is None or one is not early:
@@ -199,7 +204,7 @@ class Graphs:
         """Give all graphs and their memory back."""
         self.recorded.clear()
         self.recent.clear()
-        self.pool = None
+        self.pool, self.held = None, 0
 
     def learn(self) -> None:
         """What graphs hold fixed has changed: drop them, count anew what is trained and how large the model is."""
@@ -259,21 +264,40 @@ class Graphs:
             why = reason_of(error)
             forget(error)
         if one is None:
-            self.give_up(f"{' x '.join(map(str, shape))} tokens failed: {why}")
+            todo = "; a smaller batch leaves room for it" if "out of memory" in why else ""
+            self.give_up(f"recording one of {' x '.join(map(str, shape))} tokens failed: {why}{todo}")
             return None
         while len(self.recorded) >= MOST:
             del self.recorded[min(self.recorded, key=lambda k: self.recorded[k].last_used)]
         self.recorded[key] = one
         return one
 
+    def make_way(self, rows: int) -> None:
+        """Before an eager step of so many tokens: recorded ones hold memory, and give it back where both do not fit.
+
+        The plan is for one of them at a time: shapes that return are recorded, and others come between.
+        """
+        planner = self.binding.planner
+        if not self.recorded or planner.plan is None or self.binding.keep is not None or rows > planner.plan.rows:
+            return  # more rows than were planned for: they are planned anew, for which graphs are dropped
+        if free_bytes(self.binding.bound[0].parts.qkv.device) - self.held >= planner.passing(rows):
+            return
+        self.gave_way += 1
+        if self.gave_way < PATIENCE:
+            self.drop()
+            give_back()
+            return
+        self.give_up(
+            "memory holds no recorded step beside eager ones of other shapes; batches of one shape, as packs are, need none"
+        )
+
     def give_up(self, what: str) -> None:
-        """After a recording that failed: the eager step gets all memory that graphs had. Said once, noted for good."""
+        """From now on steps run eagerly, with all memory that graphs had. Said once, noted for good."""
         self.drop()
-        self.binding.planner.plan = None  # which counted on recorded steps: what fits eager ones is another
+        self.binding.planner.stop_recording()
         self.binding.rows.handed = None  # a gradient on its way from layer to layer
         give_back()
-        todo = "; a smaller batch leaves room for it" if "out of memory" in what else ""
-        self.note = self.failed = f"steps run without CUDA graphs, since recording one of {what}{todo}"
+        self.note = self.failed = f"steps run without CUDA graphs, since {what}"
         warnings.warn(f"Slower than it could be: {self.failed}.", stacklevel=2)
 
     def record(self, shape: Sequence[int], pack: Pack | None = None) -> Recorded:
@@ -300,8 +324,8 @@ class Graphs:
             return loss.detach(), hidden.detach()
 
         binding.stacks.drop()  # the buffers of eager steps
-        graph, (loss, hidden) = capture(run, self.pool, device)
-        self.pool = graph.pool()
+        graph, (loss, hidden), taken = capture(run, self.pool, device)
+        self.pool, self.held = graph.pool(), self.held + taken
         places, scratch = arena.places, binding.scratch
         return Recorded(graph, ids, targets, pack, items, scale, loss, hidden, arena.flat, places, params, scratch, half)
 

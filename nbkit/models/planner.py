@@ -81,6 +81,7 @@ class Planner:
     def __init__(self) -> None:
         self.plan: Plan | None = None
         self.checkpointed = False
+        self.sizes: forecast.Sizes | None = None
 
     @property
     def keep(self) -> Keep:
@@ -106,7 +107,7 @@ class Planner:
         copies = (g.buffer for b in binding.bound for g in b.parts.groups if g.copied and g.buffer is not None)
         held = sum(c.numel() * c.element_size() for c in copies)
         stepped = any(p.grad is not None for b in binding.bound for p in b.params)
-        self.checkpointed = checkpointed
+        self.checkpointed, self.sizes = checkpointed, sizes
         self.plan = choose(
             sizes,
             rows,
@@ -120,6 +121,22 @@ class Planner:
             records=binding.records(rows),
         )
         return self.plan
+
+    def stop_recording(self) -> None:
+        """The plan holds for eager steps, which take less."""
+        self.plan = replace(self.plan, records=False) if self.plan is not None else None
+
+    def passing(self, rows: int) -> int:
+        """Bytes that an eager step of so many rows takes by the plan and gives back; 0 without one."""
+        plan, sizes = self.plan, self.sizes
+        if plan is None or sizes is None:
+            return 0
+        keep, richer = plan.keep, plan.richer or plan.keep
+        parts = forecast.step(
+            keep.level, rows, sizes, four_bit=False, offload=keep.offload, tile=keep.tile, groups=keep.groups, normed=keep.normed,
+            richer=(plan.count, richer.level, richer.offload),
+        )  # fmt: skip
+        return parts["kept activations"] + parts["working memory"]
 
 
 def candidates(sizes: forecast.Sizes, rows: int, *, four_bit: bool, checkpointed: bool) -> Iterator[tuple[Keep, bool, bool]]:

@@ -78,6 +78,7 @@ def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> D
         "set_stream": lambda stream: setattr(made, "stream", stream),
         "synchronize": lambda device: None,
         "empty_cache": lambda: None,
+        "memory_reserved": lambda device: 50 + 100 * made.pools,
     }.items():
         monkeypatch.setattr(torch.cuda, name, instead)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", made.end_for_allocator, raising=False)
@@ -86,8 +87,8 @@ def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> D
 
 
 def test_a_recording_that_succeeds(driver: Driver) -> None:
-    graph, made = capture(lambda: 7, None, DEVICE)
-    assert made == 7 and graph.pool() == "pool"
+    graph, made, taken = capture(lambda: 7, None, DEVICE)
+    assert (made, taken) == (7, 100) and graph.pool() == "pool"
     assert (driver.stream, driver.pools, driver.graphs, driver.underway) == ("own", 1, 1, False)
 
 

@@ -32,6 +32,7 @@ OUT_OF_MEMORY = (
 )
 
 
+HELD = 1000  # bytes that a Tape says its pool grew by
 EAGER = EAGER_FIRST + 1  # steps before one of their shape is recorded; in the first of them memory is planned
 
 
@@ -58,9 +59,9 @@ def recorded_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patching, "_fuses", lambda device: True)
     monkeypatch.setattr(Graphs, "fits", lambda self, ids: fits(self, SimpleNamespace(is_cuda=True, numel=ids.numel)))  # type: ignore[arg-type]
 
-    def capture(*given: Any) -> tuple[Tape, tuple[Tensor, Tensor]]:
+    def capture(*given: Any) -> tuple[Tape, tuple[Tensor, Tensor], int]:
         tape = Tape(*given)
-        return tape, tape.results
+        return tape, tape.results, HELD
 
     monkeypatch.setattr(room, "capture", capture)
     monkeypatch.setattr(Tape, "made", 0)
@@ -313,7 +314,7 @@ def test_a_plan_without_room_for_it_is_not_recorded(monkeypatch: pytest.MonkeyPa
             assert graphs.note.startswith(why) and not Tape.made
 
 
-def test_a_step_that_could_not_be_recorded_is_planned_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_of_a_step_that_could_not_be_recorded_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
     model, graphs = patched()
     planner = graphs.binding.planner
     with monkeypatch.context() as now, pytest.warns(UserWarning, match="failed: no"):
@@ -345,3 +346,42 @@ def test_a_recording_that_fails_in_a_comparison_says_nothing_of_training(monkeyp
     for _ in range(EAGER + 1):
         step(model, **batch())
     assert graphs.recorded and not graphs.failed
+
+
+# -- memory --------------------------------------------------------------------------------------------------------------
+
+
+def test_graphs_make_way_for_an_eager_step_that_would_not_fit_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, graphs = patched()
+    truth = lora("llama")
+    planner = graphs.binding.planner
+
+    def train(tokens: int, times: int) -> None:
+        for seed in range(times):
+            inputs = batch(tokens=tokens, seed=seed)
+            assert_all_like_stock(step(model, **inputs)[1], step(truth, **inputs)[1])
+
+    def free(tokens: int, spare: int) -> None:
+        """So much beside what the pools hold and a step of so many tokens."""
+        monkeypatch.setattr(room, "free_bytes", lambda device: planner.passing(3 * tokens) + graphs.held + spare)
+
+    train(19, EAGER + 1)
+    assert (Tape.made, graphs.held) == (1, HELD) and 0 < planner.passing(3 * 11) < planner.passing(3 * 19)
+    free(11, 0)
+    train(11, EAGER + 1)  # there is room: both are recorded
+    assert (Tape.made, graphs.held, graphs.gave_way) == (2, 2 * HELD, 0)
+    free(11, -1)
+    train(11, 1)  # a replay needs none
+    assert (Tape.made, graphs.held, graphs.gave_way) == (2, 2 * HELD, 0)
+    for times in (1, 2):
+        free(7, -1)
+        train(7, 1)
+        assert (len(graphs.recorded), graphs.held, graphs.gave_way) == (0, 0, times)
+        train(19, EAGER + 1)  # and they are recorded again
+        assert (len(graphs.recorded), graphs.held, graphs.gave_way) == (1, HELD, times)
+    free(7, -1)
+    with pytest.warns(UserWarning, match="memory holds no recorded step beside eager ones of other shapes"):
+        train(7, 1)
+    assert graphs.failed and not graphs.recorded and (made := Tape.made)
+    train(19, EAGER + 2)
+    assert Tape.made == made

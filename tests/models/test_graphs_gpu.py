@@ -254,3 +254,23 @@ def test_steps_go_on_in_just_the_memory_that_eager_ones_take(limit: Callable[[in
     assert bool(graphs.recorded) != bool(graphs.failed), graphs.note
     assert not graphs.failed or "failed: CUDA out of memory" in graphs.note
     nbkit.unpatch(model)
+
+
+def test_a_recorded_step_makes_way_for_an_eager_one_of_another_shape(limit: Callable[[int], None]) -> None:
+    model, inputs, others = adapted(num_hidden_layers=4), on_gpu(rows=4, tokens=512, seed=1), on_gpu(rows=4, tokens=448, seed=2)
+    nbkit.patch(model, graphs=False)
+    gradients(model, inputs)
+    gradients(model, others)
+    want = gradients(model, others)
+    nbkit.unpatch(model)
+    nbkit.patch(model)
+    graphs = graphs_of(model)
+    for _ in range(EAGER + 1):
+        gradients(model, inputs)
+    assert graphs.recorded and graphs.held > 0
+    limit(graphs.binding.planner.passing(4 * 448) // 2)
+    gradients(model, others)  # the first batch of a shape attends otherwise
+    got = gradients(model, others)
+    assert graphs.gave_way == 1 and not graphs.recorded and not graphs.failed
+    assert all(torch.equal(got[n], want[n]) for n in want)
+    nbkit.unpatch(model)
