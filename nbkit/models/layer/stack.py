@@ -229,6 +229,8 @@ class Stacks:
         bound = self.binding.bound
         if first is not bound[0] or self.binding.recording:
             return None
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return None  # checkpoint, save_on_cpu: they take what is saved, and this node holds its own
         if self.version != self.binding.version:
             self._learn()
         layout, (batch, tokens, _) = self.layout, x.shape

@@ -334,3 +334,50 @@ def test_prepared_launches_are_those_that_the_functions_would_make(monkeypatch):
         sites = [one for one in all_of if isinstance(one, _launch.Prepared)]
         assert len(sites) == 10 and set(sites) == set(checked)
     binding.release()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_around_all_layers(reentrant, runs):
+    """torch's own: what the layers save is made again when the backward asks for it, in the midst of that backward."""
+    from torch.utils.checkpoint import checkpoint
+
+    model, inputs = lora("llama"), batch()
+    decoder = model.get_base_model().model
+    embedded = decoder.embed_tokens(inputs["input_ids"]).detach()
+    upstream = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(1))
+
+    def grads():
+        x = embedded.clone().requires_grad_()
+        for _ in range(2):
+            hidden = checkpoint(lambda x: decoder(inputs_embeds=x, use_cache=False).last_hidden_state, x, use_reentrant=reentrant)
+            (hidden * upstream).sum().backward()
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None} | {"x": x.grad}
+        model.zero_grad(set_to_none=True)
+        return found
+
+    stock = grads()
+    binding = bound(model)
+    assert worst(grads(), stock)[0] < 1e-5 and binding.how
+    binding.release()
+
+
+def test_saved_tensors_are_handed_to_whoever_wants_to_keep_them(runs):
+    """As `torch.autograd.graph.save_on_cpu` does: nothing of them may be held beside."""
+    model, inputs = lora("llama"), batch()
+    stock = step(model, **inputs)
+    binding = bound(model)
+    step(model, **inputs)
+    held = []
+
+    def pack(t):
+        held.append(t.shape)
+        return t.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(**inputs).loss
+    assert len(runs) == 1, "only the step before"
+    assert len(held) > 20
+    loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert worst(grads, stock[1])[0] < 1e-5
+    binding.release()
