@@ -213,7 +213,7 @@ def _bind_whole_layers(base: Any, family: Family, graphs: bool) -> list[Bound | 
     fused = [one.parts.index for one in binding.bound if one.parts.index not in reasons]
     found: list[Bound | Skipped] = [Bound(f"{path}.{index}", "layer") for index in fused]
     found += [Skipped(f"{path}.{index}", _said(why)) for index, why in reasons.items()]
-    if plain_head(head_of(base, family)) is None and graphs:
+    if graphs and _is_causal_lm(base) and plain_head(head_of(base, family)) is None:
         vars(base)[GRAPHS] = graphs_of_model = Graphs(base, family, binding)
         vars(base.get_submodule(family.decoder.final_norm))[ASKED] = Asked(graphs_of_model)
         found.append(Bound("", "graphs"))
@@ -245,10 +245,14 @@ def _runs_class_forward(module: nn.Module) -> bool:
     return bound is None or getattr(bound, "__func__", None) is type(module).forward
 
 
-def _bind_head(base: Any, family: Family) -> Bound | Skipped:
+def _is_causal_lm(base: Any) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if type(base).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    return type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def _bind_head(base: Any, family: Family) -> Bound | Skipped:
+    if not _is_causal_lm(base):
         return Skipped("", f"{type(base).__name__} has no next-token loss; its own forward stays")
     reason = plain_head(head_of(base, family))
     return _bind(base, "", "linear_cross_entropy", family, note=f"{family.head.module}: {reason}" if reason else "")

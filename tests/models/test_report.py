@@ -199,6 +199,23 @@ def test_another_librarys_forward_and_hooks() -> None:
         assert line in lines, str(report)
 
 
+def test_a_classifier_has_fused_layers_and_no_head() -> None:
+    """As reward models are."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(tiny_model().config).float()
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS, task_type="SEQ_CLS"))
+    fill(model)
+    inputs = {k: v for k, v in batch(padded=True).items() if k != "labels"} | {"labels": torch.tensor([0, 1, 1])}
+    inputs["input_ids"][inputs["attention_mask"] == 0] = model.config.pad_token_id  # by which it finds a row's last token
+    report = exact(model.train(), inputs)
+    assert [one.op for one in report.bound].count("layer") == 2 and not any(one.op == "graphs" for one in report.bound)
+    assert "LlamaForSequenceClassification has no next-token loss; its own forward stays" in str(report)
+    nbkit.unpatch(model)
+
+
 @pytest.mark.parametrize("unpatched", [True, False])
 def test_a_report_that_is_kept_keeps_no_model(unpatched: bool) -> None:
     """A notebook holds what a cell shows for good: the model's memory must not hang on it."""
