@@ -108,7 +108,7 @@ def test_accelerate_and_torch_leave_no_weight_out(tmp_path: Path) -> None:
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.5)
-    other = step(model, **batch())[0]
+    assert not equal(model.state_dict(), wanted)
     nbkit.unpatch(model)  # safetensors' own loader wants every weight to fill its storage
     accelerator.load_state(str(tmp_path / "state"))
-    assert step(model, **batch())[0] == pytest.approx(step(lora("qwen2"), **batch())[0], rel=1e-5) != other
+    assert equal(model.state_dict(), wanted)
