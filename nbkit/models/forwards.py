@@ -25,7 +25,6 @@ from nbkit.kernels.rms_norm import rms_norm
 from nbkit.kernels.rope import rope
 from nbkit.kernels.swiglu import swiglu
 from nbkit.models.asked import MARK as ASKED
-from nbkit.models.graphs import Pack
 from nbkit.models.head import head_loss, logits, targets_of
 from nbkit.models.layer.adapters import OURS
 from nbkit.models.layer.bind import LAST
@@ -35,6 +34,7 @@ from nbkit.models.layer.inputs import causal_only, check_tokens
 from nbkit.models.layer.parts import SILU
 from nbkit.models.obstacles import longer_than_positions
 from nbkit.models.outputs import LossOutput
+from nbkit.models.recorded import Pack
 
 MARK = "_nbkit_family"  # instance attribute: the family whose facts the bound forward reads
 PLAIN = {"input_ids", "attention_mask", "use_cache", "num_items_in_batch", "shift_labels"}  # what a recorded step can take

@@ -1,21 +1,16 @@
 """A whole micro-step (forward, loss, backward of the LoRA parameters) as one CUDA graph, where launches cost more than the work.
 
-A graph is recorded for a shape that comes again and again, and replayed with new tokens: one launch in place of a thousand.
-To autograd it is one node: its forward replays the graph, which leaves the loss and the gradients for an upstream gradient of 1;
-its backward multiplies them by the upstream gradient. So accumulation, hooks, clipping and any optimizer work as before.
-In float16 the loss scale has to be inside, where gradients would vanish: each replay takes the upstream gradient of the step
-before as its scale, so a scaler that halves its scale after an overflow is followed one step later.
-
-What a graph holds fixed (adapters, storage of parameters, shapes, that all layers are fused) is compared at every replay;
-where it differs the step runs eagerly, and a graph is recorded anew when the new state has come twice. On a small model the
-comparison takes a tenth of the step, so the replay begins as soon as all storage is known to be in place, and the rest is
-compared while the GPU works: a replay that turns out to be out of date is not used.
+A graph is recorded for a shape that comes again and again, and replayed with new tokens: one launch in place of a thousand
+(recorded.py). Here is which steps are recorded, which one a step takes, and what becomes of their memory. What a graph
+holds fixed (adapters, storage of parameters, shapes, that all layers are fused) is compared at every replay; where it differs
+the step runs eagerly, and a graph is recorded anew when the new state has come twice. On a small model the comparison takes a
+tenth of the step, so the replay begins as soon as all storage is known to be in place, and the rest is compared while the GPU
+works: a replay that turns out to be out of date is not used.
 """
 
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,20 +18,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from nbkit.config import IGNORE_INDEX
 from nbkit.families import Family
-from nbkit.kernels._launch import power_of_two
 from nbkit.kernels.linear_cross_entropy import linear_cross_entropy
 from nbkit.models.capture import capture, forget, give_back, reason_of
 from nbkit.models.head import shaping
 from nbkit.models.layer import Binding
 from nbkit.models.layer.adapters import plain_tensors
-from nbkit.models.layer.arena import Arena, Place
+from nbkit.models.layer.arena import Arena
 from nbkit.models.layer.bind import autocast_differs
-from nbkit.models.layer.weights import Scratch
 from nbkit.models.planner import free_bytes
+from nbkit.models.recorded import Pack, ReadOnly, Recorded, Replay
 
 EAGER_FIRST = 2  # eager steps of a shape before it is recorded: kernels compile and cuDNN makes its plan in them
 RECENT = 12  # and they lie within this many steps: batches of ever new lengths are not worth a recording each
@@ -45,92 +38,6 @@ PATIENCE = 3  # times that graphs make way for eager steps and are recorded agai
 MOST = 8  # graphs at a time: each holds its gradients and the activations of a step
 # Weights times tokens up to which a graph pays: 8B gains 70 % at 512 tokens and nothing at 4,096; the 1B gains 130 % at 1,024.
 LAUNCH_BOUND = 2.0e13
-
-
-@dataclass(frozen=True)
-class Pack:
-    """Where the documents of a step lie: positions (1, T), and `starts` int32 (documents + 1,); `longest` bounds their tokens.
-
-    In a recorded step `starts` has room for more documents, which are empty.
-    """
-
-    positions: Tensor
-    starts: Tensor
-    longest: int
-
-    @property
-    def key(self) -> tuple[int, int]:
-        """(documents there is room for, longest) of the recorded step that takes this one."""
-        tokens = self.positions.numel()
-        # Blocks of queries that a document does not have cost almost nothing; a recording for each length would.
-        longest = tokens if tokens <= 8192 else min(tokens, power_of_two(self.longest))
-        return power_of_two(max(len(self.starts) - 1, 32)), longest
-
-    def like(self) -> Pack:
-        """The tensors of a recorded step for packs of this key; all tokens are one document so far."""
-        room, longest = self.key
-        starts = torch.full((room + 1,), self.positions.numel(), dtype=torch.int32, device=self.positions.device)
-        starts[: len(self.starts)] = self.starts
-        return Pack(self.positions.clone(), starts, longest)
-
-    def fill(self, other: Pack) -> None:
-        """Take over another pack of the same key."""
-        self.positions.copy_(other.positions)
-        self.starts.fill_(self.positions.numel())
-        self.starts[: len(other.starts)].copy_(other.starts)
-
-    def inputs(self) -> dict[str, Any]:
-        """As keyword arguments of a decoder."""
-        return {"position_ids": self.positions, "cu_seq_lens_q": self.starts, "max_length_q": self.longest}
-
-
-class Pending:
-    """The gradients of one replay until its backward: the graph's own memory, copied only if the graph is replayed before."""
-
-    def __init__(self, flat: Tensor, scale: Tensor | None) -> None:
-        self.flat: Tensor | None = flat
-        self.scale = scale  # by which they are too large; None: 1
-        self.used = False
-
-
-@dataclass
-class Recorded:
-    """One graph with the tensors it reads and writes."""
-
-    graph: Any
-    ids: Tensor
-    targets: Tensor
-    pack: Pack | None
-    items: Tensor
-    scale: Tensor  # of the loss inside the graph
-    loss: Tensor
-    hidden: Tensor
-    flat: Tensor  # the gradients, as the layers' backward leaves them
-    places: list[Place]  # of each parameter's in it
-    params: list[Tensor]
-    scratch: Scratch  # what the step dequantises into
-    follows: bool = False  # float16: `scale` follows the upstream gradient
-    upstream: Tensor | None = None  # of the last backward
-    pending: Any = None  # weak reference to the last replay's Pending
-    last_used: int = 0
-
-    def replay(self, ids: Tensor, targets: Tensor, items: float | Tensor | None, pack: Pack | None) -> Pending:
-        """Run the step for these ids and targets. Its backward takes the gradients from what this returns."""
-        self.scratch.owner.clear()  # the replay dequantises into it behind its back
-        last = self.pending() if self.pending is not None else None
-        if last is not None:
-            last.flat = None if last.used else self.flat.clone()
-        self.ids.copy_(ids)
-        self.targets.copy_(targets)
-        if self.pack is not None and pack is not None:
-            self.pack.fill(pack)
-        self.items.fill_(-1.0 if items is None else items)
-        if self.upstream is not None:
-            self.scale.copy_(self.upstream)
-        self.graph.replay()
-        pending = Pending(self.flat, self.scale.clone() if self.follows else None)
-        self.pending = weakref.ref(pending)
-        return pending
 
 
 @dataclass
@@ -339,41 +246,3 @@ class Graphs:
         )
         count = torch.where(items < 0, (labels != IGNORE_INDEX).sum().to(items.dtype), items)
         return total / count.clamp(min=1)
-
-
-class Replay(torch.autograd.Function):
-    """A replay as a node of autograd: the loss of `params`, whose gradients the graph has made already."""
-
-    @staticmethod
-    def forward(ctx: Any, one: Recorded, pending: Pending, *params: Tensor) -> Tensor:
-        ctx.one, ctx.pending = one, pending
-        return one.loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        if ctx.pending.flat is None:
-            raise RuntimeError(
-                "The gradients of this step are gone: another step ran since its first backward; run it forward again."
-            )
-        if ctx.pending.scale is not None:
-            ctx.one.upstream = g.detach().clone()
-            scaled = ctx.pending.flat * (g / ctx.pending.scale)
-        else:
-            scaled = ctx.pending.flat * g
-        ctx.pending.used = True
-        return (None, None, *(place.of(scaled) for place in ctx.one.places))
-
-
-class ReadOnly(torch.autograd.Function):
-    """The hidden states of a recorded step: they may be read until the next one, and carry no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor) -> Tensor:
-        return hidden.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> None:
-        raise RuntimeError(
-            "Logits of a step that ran as a CUDA graph carry no gradient; patch with graphs=False to train on a loss of your own."
-        )

@@ -27,6 +27,7 @@ from nbkit.models.graphs import Graphs
 from nbkit.models.head import head_of, plain_head
 from nbkit.models.layer import bind as bind_whole
 from nbkit.models.layer import binding_of
+from nbkit.models.layer.bind import forget
 from nbkit.models.layer.parts import SILU
 from nbkit.models.obstacles import mixed_devices, stock_reason, weight_format
 from nbkit.models.running import numbers
@@ -185,6 +186,7 @@ def unpatch(model: Any) -> None:
     binding = binding_of(base)
     if binding is not None:
         binding.release()
+    forget(base)
     for module in base.modules():
         vars(module).pop(ASKED, None)
         unbind(module)

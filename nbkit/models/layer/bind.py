@@ -30,6 +30,7 @@ from nbkit.models.layer.parts import Parts
 from nbkit.models.layer.stack import Stacks
 from nbkit.models.layer.weights import Scratch
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
 LAST = "_nbkit_last_norm"  # instance attribute of the norm after the layers: their Binding
 
 
@@ -69,6 +70,7 @@ class Binding:
         self.tied = bool(getattr(config, "tie_word_embeddings", False))
         self.documents: attention.Documents | None = None  # of a pack, in a forward that has one
         self.causal: Tensor | None = None  # stands for the mask in a forward that needs none but the causal one
+        forget(decoder)
         self.stepping: int | None = None  # the thread whose training forward is under way
         self.made: list[Place] = []
         self._bind_layers()
@@ -319,6 +321,22 @@ def _after(decoder: nn.Module, args: tuple, output: Any) -> None:
     binding = vars(decoder).get(MARK)
     if binding is not None and torch.is_grad_enabled():
         binding.causal = binding.documents = binding.stacks.ahead = binding.stepping = None
+
+
+def forget(root: nn.Module) -> None:
+    """Take off what is left of a binding in a copy of a bound model: its Binding is None, its hooks would run beside new ones."""
+    for module in root.modules():
+        state = vars(module)
+        for mark in (MARK, LAST):
+            if state.get(mark, module) is None:
+                del state[mark]
+        if MARK not in state and getattr(state.get("forward"), "__func__", None) in (forward, type(module).forward):
+            del state["forward"]  # a pickle has made it the class's own
+        if MARK in state:
+            continue
+        for key in [k for kind in _HOOKS[:2] for k, hook in state[kind].items() if hook in (_before, _after)]:
+            for kind in _HOOKS:
+                state[kind].pop(key, None)
 
 
 def bind(model: nn.Module, family: Family) -> Binding:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nbkit.errors import ModelError
 from nbkit.kernels.lora_border import write_borders
 from nbkit.kernels.nf4 import Nf4, dequantize_nf4
 from nbkit.models.layer.adapters import Term, Unfit, Watch, base_of, terms
@@ -245,6 +246,8 @@ class Group:
         """(O + R, I + R): the buffer with the weight and border of this group in it, dequantised now if need be."""
         if self.buffer is not None:
             return self.buffer
+        if not self.nf4:
+            raise ModelError("The model was unpatched between this step's forward and its backward; run the forward again.")
         width = self.inputs + round_up(self.rank, STRIDE_STEP)
         out = self.scratch.take(self.name, self.outputs + self.rank, width, self.packed[0].data, self.dtype)
         if self.scratch.owner.get(self.name) is not self:
