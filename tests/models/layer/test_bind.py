@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 import threading
 import warnings
@@ -229,3 +231,51 @@ def test_an_epsilon_that_is_changed() -> None:
             layer.input_layernorm.variance_epsilon = layer.post_attention_layernorm.variance_epsilon = 0.5
 
     assert_followed(lambda: lora("llama"), change)
+
+
+# -- copies --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("made", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
+def test_a_copy_of_a_bound_model_is_bound_itself(made: Callable[[Any], Any]) -> None:
+    model = lora("llama")
+    stock, logits = step(model, **batch(padded=True)), model.eval()(**batch()).logits.detach()
+    model.train()
+    binding = bound(model)
+    step(model, **batch())
+    twin = made(model)
+    own = bound(twin)
+    for one in (twin, model):
+        loss, grads = step(one, **batch(padded=True))
+        assert loss == pytest.approx(stock[0], rel=1e-6) and worst(grads, stock[1])[0] < 1e-5
+    with torch.no_grad():
+        assert torch.equal(twin.eval()(**batch()).logits, logits)
+    assert own.how and own is not binding
+    own.release()
+    assert not decoder(twin)._forward_pre_hooks and not any("forward" in vars(layer) for layer in decoder(twin).layers)
+    binding.release()
+
+
+def test_a_copy_that_is_unpatched_keeps_nothing() -> None:
+    import nbkit
+
+    model = lora("llama")
+    nbkit.patch(model)
+    bound(model)
+    twin = copy.deepcopy(model)
+    nbkit.unpatch(twin)
+    for module in twin.modules():
+        assert not any(key.startswith("_nbkit") for key in vars(module)) and "forward" not in vars(module)
+        assert not module._forward_pre_hooks or module is model
+    nbkit.unpatch(model)
+
+
+def test_a_model_that_is_unpatched_between_forward_and_backward_says_so() -> None:
+    from nbkit.errors import ModelError
+
+    model = lora("llama")
+    binding = bound(model)
+    loss = model(**batch()).loss
+    binding.release()
+    with pytest.raises(ModelError, match="was unpatched between this step's forward and its backward; run the forward again"):
+        loss.backward()
