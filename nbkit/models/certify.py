@@ -28,6 +28,7 @@ from nbkit.errors import ModelError
 from nbkit.families import find
 from nbkit.kernels._launch import launch_note
 from nbkit.models import twin as twins
+from nbkit.models.busy import require_free
 from nbkit.models.certificate import Certificate, Row
 from nbkit.models.certify_kernels import kernel_rows
 from nbkit.models.closeness import LIKE_STOCK, TOLERANCE, by_element, by_norm, like_stock
@@ -61,10 +62,12 @@ def certify(model: Any, batch: Mapping[str, Any] | None = None) -> Certificate:
         batch: {"input_ids", "labels", "attention_mask"}, each (B, T) int64, the last two optional; other keys are handed on.
             None makes one of random ids: rows of unequal length, padded on the right, prompts and one whole row ignored.
     Memory: a float32 copy of the model on its device, else in RAM; where neither fits, the certificate says so.
-    Raises: ModelError for what is no causal LM, a batch without tokens or labels, or weights that are not loaded.
+    Raises: ModelError for what is no causal LM or is being trained by a run, a batch without tokens or labels, or weights
+        that are not loaded.
     """
     began = time.monotonic()
     base = base_model(model)
+    require_free(base, "certify")
     if not hasattr(base, "lm_head") and base.get_output_embeddings() is None:
         raise ModelError(f"{type(base).__name__} has no next-token loss; certify takes a causal language model.")
     device = _device(base)

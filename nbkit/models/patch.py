@@ -21,6 +21,7 @@ from nbkit.families import Family, find
 from nbkit.kernels._launch import launch_note, runs_on
 from nbkit.models.asked import MARK as ASKED
 from nbkit.models.asked import UNASKED, Asked, unasked
+from nbkit.models.busy import require_free
 from nbkit.models.checkpointing import check_way, set_checkpointing
 from nbkit.models.forwards import GRAPHS, MARK, bind, is_bound, unbind
 from nbkit.models.graphs import Graphs
@@ -107,9 +108,11 @@ def patch(model: Any, *, graphs: bool = True, use_gradient_checkpointing: bool |
     In an unmodified TRL SFTTrainer or DPOTrainer the layers are nbkit's and the head is TRL's: from 1.x on a chunked one that
     TRL binds over this one, in 0.29 whole logits, which its entropy and accuracy read at every step (one projection without
     gradient more). Neither records steps. nbkit's own trainer keeps this head, and records.
-    Raises: ModelError for an object that is no transformers model; ConfigError for another way of checkpointing.
+    Raises: ModelError for an object that is no transformers model, or one that a run is training; ConfigError for another way
+        of checkpointing.
     """
     base = base_model(model)
+    require_free(base, "patch")
     if use_gradient_checkpointing is not None:
         check_way(use_gradient_checkpointing)
     family = find(base.config.model_type)
@@ -179,9 +182,10 @@ def _said(why: str) -> str:
 def unpatch(model: Any) -> None:
     """Give every module of the model its stock forward back.
 
-    Raises: ModelError for an object that is no transformers model.
+    Raises: ModelError for an object that is no transformers model, or one that a run is training.
     """
     base = base_model(model)
+    require_free(base, "unpatch")
     vars(base).pop(GRAPHS, None)
     binding = binding_of(base)
     if binding is not None:

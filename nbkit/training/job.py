@@ -49,10 +49,17 @@ class Job:
         self._peak = 0  # bytes, as the memory events have it; 0 if nothing was trained
 
     def run(self) -> RunFinished:
-        """Held-out loss, training, held-out loss, adapter.
+        """Held-out loss, training, held-out loss, adapter; the model is in this thread's hand until then.
 
         Raises: TrainingError, or whatever the libraries raise.
         """
+        from nbkit.models.busy import in_hand
+        from nbkit.models.patch import base_model
+
+        with in_hand(base_model(self._model), "being trained"):
+            return self._run()
+
+    def _run(self) -> RunFinished:
         began = time.monotonic()
         device = self._model.get_input_embeddings().weight.device
         self._enter(device)

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 import torch
 
+import nbkit
 from nbkit.config import RunConfig
-from nbkit.errors import TrainingError
+from nbkit.errors import ModelError, TrainingError
 from nbkit.events import EvalEvent, Event, MemoryEvent, MessageEvent, RunFailed, RunFinished, RunStarted, StepEvent, read_events
 from nbkit.training import checkpoints
 from nbkit.training.runner import Run
@@ -127,6 +128,17 @@ def test_stop_ends_at_a_step_boundary_with_a_checkpoint_and_the_adapter(tmp_path
     assert Path(result.adapter_path, "adapter_model.safetensors").stat().st_size > 1000
     run.stop()
     assert run.status == "stopped"
+
+
+def test_a_model_in_training_is_not_certified_and_is_free_again_after(tmp_path: Path) -> None:
+    model = rig.lora_model()
+    run = start(tmp_path / "run", model, max_steps=5000, learning_rate=1e-3)
+    until(lambda: any(isinstance(event, StepEvent) for event in run.events))
+    with pytest.raises(ModelError, match="is being trained at the moment, and certify would reach into that"):
+        nbkit.certify(model)
+    run.stop()
+    assert run.wait(progress=False).stopped
+    assert nbkit.certify(model).passed
 
 
 def test_stop_before_the_first_step_saves_nothing(tmp_path: Path) -> None:
