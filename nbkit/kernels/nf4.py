@@ -43,9 +43,11 @@ class Nf4(NamedTuple):
         state = getattr(weight, "quant_state", None)
         if state is None or state.code is None or len(state.shape) != 2:
             return None
+        if getattr(state, "packing_format_for_cpu", False):  # for generation on a CPU
+            return None
         data = weight.detach().view(torch.uint8).reshape(-1)
         shape = (int(state.shape[0]), int(state.shape[1]))
-        if state.state2 is None:
+        if getattr(state, "state2", None) is None:
             return Nf4(data, state.absmax, state.code, shape, state.blocksize)
         inner = state.state2
         if inner.blocksize != NESTED_BLOCK:

@@ -4,6 +4,7 @@ and under the interpreter through `test_interpreted.py`. Test names begin with t
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -258,6 +259,16 @@ def test_swiglu_refuses_unlike_inputs() -> None:
         sw.swiglu(torch.randn(2, 4), torch.randn(2, 5))
     with pytest.raises(ValueError, match="must be alike"):
         sw.swiglu(torch.randn(2, 4), torch.randn(2, 4).half())
+
+
+def test_nf4_knows_its_own_packing_alone() -> None:
+    """bitsandbytes packs weights another way for generation on a CPU, where absmax is no longer quantised."""
+    state = SimpleNamespace(code=torch.arange(16.0), shape=(2, 64), state2=None, absmax=torch.ones(2), blocksize=64)
+    weight = torch.zeros(64, 1, dtype=torch.uint8)
+    weight.quant_state = state  # type: ignore[attr-defined]
+    assert nf4.Nf4.of(weight) is not None
+    state.packing_format_for_cpu = True
+    assert nf4.Nf4.of(weight) is None and nf4.Nf4.of(torch.zeros(2, 2)) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
