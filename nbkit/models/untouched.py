@@ -109,7 +109,7 @@ def levels_kept(binding: Any, graphs: Graphs | None) -> Iterator[None]:
             for key in [k for k in graphs.recorded if k not in known]:
                 del graphs.recorded[key]
             if not graphs.recorded:
-                graphs.pool = None  # memory of graphs that are all gone is not to be recorded into again
+                graphs.drop()  # memory of graphs that are all gone is not to be recorded into again
             graphs.recent.clear()
             graphs.recent.extend(recent)
             if graphs.failed != failed:  # training has the memory that a twin of the model took here

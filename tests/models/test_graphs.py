@@ -348,6 +348,15 @@ def test_a_recording_that_fails_in_a_comparison_says_nothing_of_training(monkeyp
     assert graphs.recorded and not graphs.failed
 
 
+def test_what_a_comparison_recorded_is_not_counted_as_held() -> None:
+    model, graphs = patched()
+    with levels_kept(graphs.binding, graphs):
+        for _ in range(EAGER + 1):
+            step(model, **batch())
+        assert graphs.recorded and graphs.held == HELD
+    assert not graphs.recorded and (graphs.held, graphs.pool) == (0, None)
+
+
 # -- memory --------------------------------------------------------------------------------------------------------------
 
 
