@@ -60,7 +60,7 @@ def lora_in(x: Tensor, a: Tensor, out: Tensor | None = None) -> Tensor:
     """
     if x.dim() != 2 or a.dim() != 2 or x.shape[1] != a.shape[1] or x.dtype != a.dtype:
         raise ValueError(f"x {tuple(x.shape)} {x.dtype} and a {tuple(a.shape)} {a.dtype} must be (N, I) and (R, I) of one dtype.")
-    return torch.mm(x, a.t(), out=out) if out is not None else torch.mm(x, a.t())
+    return torch.mm(x, a.t(), out=out)
 
 
 def lora_out_(y: Tensor, xa: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:

@@ -47,7 +47,7 @@ class Nf4(NamedTuple):
             return None
         data = weight.detach().view(torch.uint8).reshape(-1)
         shape = (int(state.shape[0]), int(state.shape[1]))
-        if getattr(state, "state2", None) is None:
+        if state.state2 is None:
             return Nf4(data, state.absmax, state.code, shape, state.blocksize)
         inner = state.state2
         if inner.blocksize != NESTED_BLOCK:

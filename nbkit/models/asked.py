@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from nbkit.models.unshared import Unshared
+
 MARK = "_nbkit_asked"  # instance attribute of the norm after the layers, which every training step passes
 AFTER = 4  # steps: by then a step that may be recorded has been asked for
 UNASKED = (
@@ -15,14 +17,11 @@ UNASKED = (
 )
 
 
-class Asked:
+class Asked(Unshared):
     """Says once, where a step could have been recorded as a CUDA graph, that nobody asked for it."""
 
     def __init__(self, graphs: Any) -> None:
         self.graphs, self.passed = graphs, 0
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_nothing, ())  # a copied or pickled model has no recorded steps until it is patched itself
 
     def step(self, hidden: Tensor) -> None:
         """A training step's hidden states (B, T, D) have passed."""
@@ -41,7 +40,3 @@ class Asked:
 def unasked(graphs: Any) -> bool:
     """Whether no step was asked of these graphs yet."""
     return graphs.note == type(graphs).note
-
-
-def _nothing() -> None:
-    return None

@@ -8,22 +8,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from nbkit.errors import ModelError
+from nbkit.models.unshared import Unshared
 
 MARK = "_nbkit_busy"  # instance attribute of the causal LM while a thread has it in hand
 
 
-class _Hand:
-    """A copied or pickled model is in nobody's hand: there this is None."""
+class _Hand(Unshared):
+    """A copy of the model is in nobody's hand."""
 
     def __init__(self, what: str) -> None:
         self.what, self.thread = what, threading.current_thread()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_nothing, ())
-
-
-def _nothing() -> None:
-    return None
 
 
 @contextmanager

@@ -37,6 +37,7 @@ from nbkit.models.forwards import GRAPHS, check_labels
 from nbkit.models.graphs import EAGER_FIRST
 from nbkit.models.layer import Keep, binding_of
 from nbkit.models.layer import bind as bind_layers
+from nbkit.models.layer.inputs import whole
 from nbkit.models.layer.keep import LEVELS
 from nbkit.models.patch import PatchReport, base_model, patch, unpatch
 from nbkit.models.surroundings import about_machine, commit, versions
@@ -326,7 +327,7 @@ def _inputs(base: Any, batch: Mapping[str, Any] | None, device: torch.device) ->
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.numel() == 0:
         shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
         raise ModelError(f"The batch has no tokens (input_ids: {shape}); give input_ids of shape (rows, tokens), or batch=None.")
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+    if not whole(ids):
         raise ModelError(f"input_ids are {ids.dtype}; give whole numbers (int64).")
     tokens = base.get_input_embeddings().weight.shape[0]
     odd = ((ids < 0) | (ids >= tokens)).nonzero()

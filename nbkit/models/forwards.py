@@ -30,7 +30,7 @@ from nbkit.models.layer.adapters import OURS
 from nbkit.models.layer.bind import LAST
 from nbkit.models.layer.bind import MARK as LAYER_MARK
 from nbkit.models.layer.function import FinalNorm
-from nbkit.models.layer.inputs import causal_only, check_tokens
+from nbkit.models.layer.inputs import causal_only, check_tokens, whole
 from nbkit.models.layer.parts import SILU
 from nbkit.models.obstacles import longer_than_positions
 from nbkit.models.outputs import LossOutput
@@ -90,9 +90,7 @@ def _norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 def _mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
     """down(silu(gate(x)) * up(x))."""
     family: Family | None = vars(self).get(MARK)
-    if family is None:
-        return type(self).forward(self, x)
-    if type(self.act_fn).__name__ not in SILU:  # replaced since
+    if family is None or type(self.act_fn).__name__ not in SILU:  # an activation may be replaced after binding
         return type(self).forward(self, x)
     facts = family.mlp
     return getattr(self, facts.down)(swiglu(getattr(self, facts.gate)(x), getattr(self, facts.up)(x)))
@@ -236,7 +234,7 @@ def check_labels(model: Any, labels: Any, shape: tuple[int, ...]) -> torch.Tenso
     """
     if not isinstance(labels, torch.Tensor):
         raise ModelError(f"labels are a {type(labels).__name__}; give a tensor of shape (rows, tokens).")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    if not whole(labels):
         raise ModelError(f"labels are {labels.dtype}; give whole numbers (int64), {IGNORE_INDEX} where no loss is wanted.")
     if labels.shape != shape:
         raise ModelError(

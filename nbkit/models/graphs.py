@@ -93,8 +93,8 @@ class Graphs:
         """What tells the recorded steps apart; None for a step that cannot be one."""
         if not self.fits(ids):
             return None
-        binding, plan = self.binding, self.binding.planner.plan
-        more = plan.count if plan is not None and binding.keep is None else 0
+        binding, plan = self.binding, self.binding.planned
+        more = plan.count if plan is not None else 0
         return (tuple(ids.shape), binding.chosen, more, binding.checkpointed, pack.key if pack else None)
 
     def moved(self) -> bool:
@@ -128,8 +128,7 @@ class Graphs:
 
     def fits(self, ids: Tensor) -> bool:
         """Whether this call may be a graph at all; `note` gets the reason if not."""
-        binding = self.binding
-        plan = binding.planner.plan if binding.keep is None else None
+        binding, plan = self.binding, self.binding.planned
         reasons = {
             "the tokens are not on the GPU": not ids.is_cuda,
             "layer inputs are kept in host RAM": binding.chosen.offload,
@@ -184,10 +183,10 @@ class Graphs:
 
         The plan is for one of them at a time: shapes that return are recorded, and others come between.
         """
-        planner = self.binding.planner
-        if not self.recorded or planner.plan is None or self.binding.keep is not None or rows > planner.plan.rows:
+        plan = self.binding.planned
+        if not self.recorded or plan is None or rows > plan.rows:
             return  # more rows than were planned for: they are planned anew, for which graphs are dropped
-        if free_bytes(self.binding.bound[0].parts.qkv.device) - self.held >= planner.passing(rows):
+        if free_bytes(self.binding.bound[0].parts.qkv.device) - self.held >= self.binding.planner.passing(rows):
             return
         self.gave_way += 1
         if self.gave_way < PATIENCE:

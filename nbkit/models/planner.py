@@ -13,9 +13,8 @@ only the lean ones are looked at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -92,10 +91,6 @@ class Planner:
         plan = self.plan
         return plan.richer if plan is not None and plan.richer is not None and index >= layers - plan.count else self.keep
 
-    @property
-    def parks(self) -> bool:
-        return self.plan is not None and self.plan.park
-
     def due(self, rows: int, checkpointed: bool) -> bool:
         """Whether a step of so many rows needs a new plan."""
         return self.plan is None or rows > self.plan.rows or checkpointed != self.checkpointed
@@ -131,11 +126,7 @@ class Planner:
         plan, sizes = self.plan, self.sizes
         if plan is None or sizes is None:
             return 0
-        keep, richer = plan.keep, plan.richer or plan.keep
-        parts = forecast.step(
-            keep.level, rows, sizes, four_bit=False, offload=keep.offload, tile=keep.tile, groups=keep.groups, normed=keep.normed,
-            richer=(plan.count, richer.level, richer.offload),
-        )  # fmt: skip
+        parts = parts_of(replace(plan, rows=rows), sizes)
         return parts["kept activations"] + parts["working memory"]
 
 
@@ -186,17 +177,17 @@ def choose(
         records: steps of this size are recorded where memory allows it. Where it does not, a recorded step that repeats a
             little is weighed against launching all of one that repeats nothing.
     """
-    asked = partial(_Asked, sizes, rows, free, four_bit, checkpointed, stepped, host, may_park, optimizer_bytes)
-    eager, _ = asked(False).first()
+    asked = _Asked(sizes, rows, free, four_bit, checkpointed, stepped, host, may_park, optimizer_bytes)
+    eager, _ = asked.first(recorded=False)
     if not records:
         return eager
-    recorded, fits = asked(True).first()
+    recorded, fits = asked.first(recorded=True)
     return recorded if fits and _extra(recorded, sizes, four_bit) <= _extra(eager, sizes, four_bit) + LAUNCHES else eager
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """What `choose` was given, and how steps run."""
+    """What `choose` was given."""
 
     sizes: forecast.Sizes
     rows: int
@@ -207,37 +198,65 @@ class _Asked:
     host: int
     may_park: bool
     optimizer_bytes: float
-    recorded: bool
 
-    def first(self) -> tuple[Plan, bool]:
-        """The first plan that fits, and True; or the leanest, and False."""
+    def first(self, recorded: bool) -> tuple[Plan, bool]:
+        """The first plan that fits, and True; or the leanest, and False. `recorded`: of those whose steps are recorded."""
         sizes, rows = self.sizes, self.rows
         room = int(self.free * (1 - MARGIN)) - RESERVE
         passed, least = [], None
         for keep, copy, park in candidates(sizes, rows, four_bit=self.four_bit, checkpointed=self.checkpointed):
             on_host = _host(keep, rows, sizes, sizes.layers)
-            if (park and not self.may_park) or on_host > HOST_SHARE * self.host or (self.recorded and (park or keep.offload)):
+            if (park and not self.may_park) or on_host > HOST_SHARE * self.host or (recorded and (park or keep.offload)):
                 continue
-            plan = Plan(keep, copy, rows, 0, self.free, "", park, on_host, records=self.recorded)
+            plan = Plan(keep, copy, rows, 0, self.free, "", park, on_host, records=recorded)
             plan = replace(plan, needed=self.needs(plan))
             if plan.needed <= room:
                 if passed and not self.checkpointed:
-                    plan = _fill(plan, sizes, room, int(HOST_SHARE * self.host), partial(self.needs, plan))
+                    plan = self.fill(plan, room)
                 return _because(plan, passed, self.checkpointed), True
             passed.append(plan)
             least = plan if least is None or plan.needed < least.needed else least
         assert least is not None
         return _because(least, [], self.checkpointed, "nothing leaner is there; it may not fit"), False
 
-    def needs(self, plan: Plan, richer: tuple[int, int, bool] = (0, 0, False)) -> int:
-        """Bytes beyond the loaded model; `richer`: so many layers keep what that level says, in host RAM or not."""
-        keep = plan.keep
-        parts = forecast.step(
-            keep.level, plan.rows, self.sizes, four_bit=self.four_bit, copy=plan.copy, offload=keep.offload, tile=keep.tile,
-            groups=keep.groups, parked=plan.park, optimizer_bytes=self.optimizer_bytes, normed=keep.normed, richer=richer,
-            recorded=self.recorded,
-        )  # fmt: skip
+    def needs(self, plan: Plan) -> int:
+        """Bytes beyond the loaded model."""
+        parts = parts_of(plan, self.sizes, self.four_bit, self.optimizer_bytes)
         return sum(n for name, n in parts.items() if not (self.stepped and name in ("LoRA gradients", "optimizer")))
+
+    def fill(self, plan: Plan, room: int) -> Plan:
+        """The plan whose last layers keep more, as many as there is room for: of the levels, the one that saves the most work.
+
+        Long rows may keep their attention outputs in host RAM for as many layers as it takes.
+        """
+        sizes, rows, base, best, most = self.sizes, plan.rows, plan.keep, plan, 0
+        richer = [Keep(level, base.tile, False, base.groups if level > 1 else None) for level in range(base.level)]
+        if base.offload and base.level > 3 and rows > LONG:
+            richer.append(replace(base, level=3))
+        for keep in richer:
+            more = _host(keep, rows, sizes, 1) - _host(base, rows, sizes, 1)
+            most_here = (int(HOST_SHARE * self.host) - plan.host) // more if more > 0 else sizes.layers
+            for count in range(min(most_here, sizes.layers - 1), 0, -1):
+                filled = replace(plan, richer=keep, count=count, host=plan.host + count * more)
+                filled = replace(filled, needed=self.needs(filled))
+                if filled.needed <= room:
+                    break
+            else:
+                continue
+            saved = count * (forecast.repeated(base.level, rows, sizes) - forecast.repeated(keep.level, rows, sizes))
+            if saved > most:
+                most, best = saved, filled
+        return best
+
+
+def parts_of(plan: Plan, sizes: forecast.Sizes, four_bit: bool = False, optimizer_bytes: float = 8) -> dict[str, int]:
+    """Bytes by part that a step of the plan adds to the loaded model."""
+    keep, richer = plan.keep, plan.richer or plan.keep
+    return forecast.step(
+        keep.level, plan.rows, sizes, four_bit=four_bit, copy=plan.copy, offload=keep.offload, tile=keep.tile, groups=keep.groups,
+        parked=plan.park, optimizer_bytes=optimizer_bytes, normed=keep.normed, richer=(plan.count, richer.level, richer.offload),
+        recorded=plan.records,
+    )  # fmt: skip
 
 
 def _extra(plan: Plan, sizes: forecast.Sizes, four_bit: bool) -> float:
@@ -245,27 +264,6 @@ def _extra(plan: Plan, sizes: forecast.Sizes, four_bit: bool) -> float:
     levels = [(plan.keep, sizes.layers - plan.count), (plan.richer or plan.keep, plan.count)]
     again = sum(count * forecast.repeated(keep.level, plan.rows, sizes) for keep, count in levels)
     return again / (2 * sizes.weights) + (DEQUANTISED / plan.rows if four_bit and not plan.copy else 0.0)
-
-
-def _fill(plan: Plan, sizes: forecast.Sizes, room: int, host: int, needs: Callable[..., int]) -> Plan:
-    """The plan whose last layers keep more, as many as there is room for: of the levels, the one that saves the most work.
-
-    Long rows may keep their attention outputs in host RAM for as many layers as `host` bytes of it take.
-    """
-    base, best, most = plan.keep, plan, 0
-    richer = [Keep(level, base.tile, False, base.groups if level > 1 else None) for level in range(base.level)]
-    if base.offload and plan.rows > LONG:
-        richer += [replace(base, level=3)] if base.level > 3 else []
-    for keep in richer:
-        more = _host(keep, plan.rows, sizes, 1) - _host(base, plan.rows, sizes, 1)
-        most_here = (host - plan.host) // more if more > 0 else sizes.layers
-        fitting = (n for n in range(1, sizes.layers) if n <= most_here and needs(richer=(n, keep.level, keep.offload)) <= room)
-        count = max(fitting, default=0)
-        saved = count * (forecast.repeated(base.level, plan.rows, sizes) - forecast.repeated(keep.level, plan.rows, sizes))
-        if saved > most:
-            needed = needs(richer=(count, keep.level, keep.offload))
-            most, best = saved, replace(plan, richer=keep, count=count, needed=needed, host=plan.host + count * more)
-    return best
 
 
 def _host(keep: Keep, rows: int, sizes: forecast.Sizes, layers: int) -> int:

@@ -93,32 +93,31 @@ class Watch:
         """Watch the linears or norms `names` of `parent`."""
         for name in names:
             module: Any = parent._modules[name]
-            self._see(parent._modules, name)
+            self.see(parent._modules, name)
             base = base_of(module)
             self.trained += [(p, p.requires_grad) for p in base.parameters()]
             self._see_hooks(*{id(one): one for one in (parent, module, base)}.values())
             state = vars(module)
             if "_disable_adapters" in state:
-                for key in ("_disable_adapters", "_active_adapter"):
-                    self._see(state, key)
+                self.see(state, "_disable_adapters", "_active_adapter")
             if "scaling" not in state:
                 continue
-            self._see(state, "training")
-            self._see(state, "scaling")
+            self.see(state, "training", "scaling")
             self.merged.append((module.merged_adapters, bool(module.merged_adapters)))
             for adapter in module.active_adapters:
                 if adapter in module.lora_A:
-                    self._see(state["scaling"], adapter)
+                    self.see(state["scaling"], adapter)
                     for half in (module.lora_A, module.lora_B):
-                        self._see(half._modules, adapter)
+                        self.see(half._modules, adapter)
                         self._see_hooks(half[adapter])
-                        self._see(half[adapter]._parameters, "weight")
+                        self.see(half[adapter]._parameters, "weight")
 
     def _see_hooks(self, *modules: nn.Module) -> None:
         self.hooked += [(hooks := vars(module)[kind], len(hooks)) for module in modules for kind in _HOOKS]
 
-    def _see(self, held: dict[str, Any], key: str) -> None:
-        self.places.append((held, key, held.get(key)))
+    def see(self, held: dict[str, Any], *keys: str) -> None:
+        """Watch what a dict holds under these keys."""
+        self.places += [(held, key, held.get(key)) for key in keys]
 
     def add(self, watch: Watch) -> None:
         """Watch what `watch` watches too: one flat list for all layers, since it is asked before the GPU has work."""

@@ -124,7 +124,7 @@ def fill_border(dy: Tensor, group: Group, weight: Tensor) -> Tensor:
 def input_gradient(dy: Tensor, group: Group, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """dx (n, I) from dy (n, O + R) with its border filled."""
     w = weight[: group.outputs + group.rank, : group.inputs]
-    return torch.mm(dy, w, out=out) if out is not None else torch.mm(dy, w)
+    return torch.mm(dy, w, out=out)
 
 
 def run(

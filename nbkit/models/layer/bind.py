@@ -24,17 +24,18 @@ from nbkit.models.layer.function import GradientRows
 from nbkit.models.layer.inputs import aside, causal_only, check_tokens, documents_of
 from nbkit.models.layer.inputs import autocast_differs as autocast_differs
 from nbkit.models.layer.keep import Keep
-from nbkit.models.layer.made import Place, as_made, layers_of, made_from
+from nbkit.models.layer.made import layers_of, made_from
 from nbkit.models.layer.offload import Host
 from nbkit.models.layer.parts import Parts
 from nbkit.models.layer.stack import Stacks
 from nbkit.models.layer.weights import Scratch
+from nbkit.models.unshared import Unshared
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
 LAST = "_nbkit_last_norm"  # instance attribute of the norm after the layers: their Binding
 
 
-class Binding:
+class Binding(Unshared):
     """All decoder layers of one model on the fused path, bound by `bind` and taken off by `release`.
 
     `reasons` says for each layer index that runs stock why it does; it is brought up to date by every forward. `asides` are
@@ -72,7 +73,7 @@ class Binding:
         self.causal: Tensor | None = None  # stands for the mask in a forward that needs none but the causal one
         forget(decoder)
         self.stepping: int | None = None  # the thread whose training forward is under way
-        self.made: list[Place] = []
+        self.made = Watch()  # layers, their blocks and their settings
         self._bind_layers()
         self.names = tuple(inspect.signature(type(decoder).forward).parameters)[1:]
         vars(decoder)[MARK] = self
@@ -94,9 +95,6 @@ class Binding:
                 self.reasons[index] = str(reason)
                 continue
             self.bound.append(BoundLayer(self, parts))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_nothing, ())  # a copied or pickled model runs stock until it is patched itself
 
     def lead(self, norm: nn.Module) -> None:
         """Let the norm after the layers begin their gradient in the rows they take; its forward reads the mark."""
@@ -128,6 +126,11 @@ class Binding:
         return p.d + max(p.o.rank, p.down.rank)
 
     @property
+    def planned(self) -> planner.Plan | None:
+        """The plan that the next forward goes by; None before the first, and where what is kept was set by hand."""
+        return self.planner.plan if self.keep is None else None
+
+    @property
     def chosen(self) -> Keep:
         """What the layers keep in the next forward, save the last ones where the plan has room for more."""
         return self.keep or self.planner.keep
@@ -140,7 +143,7 @@ class Binding:
         """Read all adapters again; `version` goes up if anything changed."""
         if self.everything is not None and self.everything.fresh():
             return
-        changed = not as_made(self.made)
+        changed = not self.made.fresh()
         if changed:  # layers, their blocks or their settings were replaced
             for layer in self.bound:
                 layer.release()
@@ -157,7 +160,7 @@ class Binding:
     def _everything(self) -> Watch | None:
         """What tells at the next forward that nothing changed; None where a full look is needed each time."""
         found = Watch()
-        found.places += self.made
+        found.add(self.made)
         found.places += [(vars(self.decoder), key, vars(self.decoder).get(key)) for key in ("training", "gradient_checkpointing")]
         for bound in self.bound:
             layer = bound.parts.layer
@@ -191,7 +194,7 @@ class Binding:
         self.stacks.begin()
         if self.host is not None:
             self.host.begin()
-        self.embedding.park(self.planner.parks and self.keep is None)
+        self.embedding.park(self.planned is not None and self.planned.park)
         if not self.bound:
             return
         if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is None and self.decoder.training:
@@ -298,10 +301,6 @@ class Binding:
         if self.norm is not None:
             vars(self.norm).pop(LAST, None)
         vars(self.decoder).pop(MARK, None)
-
-
-def _nothing() -> None:
-    return None
 
 
 def _never(rows: int) -> bool:

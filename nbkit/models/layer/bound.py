@@ -16,6 +16,7 @@ from nbkit.models.layer.function import LayerFunction
 from nbkit.models.layer.inputs import mask_of
 from nbkit.models.layer.parts import Parts
 from nbkit.models.layer.stack import attend
+from nbkit.models.unshared import Unshared
 
 if TYPE_CHECKING:
     from nbkit.models.layer.bind import Binding
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 MARK = "_nbkit_layers"  # instance attribute: of the decoder its Binding, of each layer its BoundLayer
 
 
-class BoundLayer:
+class BoundLayer(Unshared):
     """One decoder layer whose instance runs `forward` below in place of its class's."""
 
     def __init__(self, binding: Binding, parts: Parts) -> None:
@@ -34,9 +35,6 @@ class BoundLayer:
         self.before = layer.get("forward")  # what another library bound; None: the class's own
         layer[MARK] = self
         layer["forward"] = MethodType(forward, parts.layer)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_nothing, ())
 
     def refresh(self) -> bool:
         """True if the adapters changed. A reason to run stock goes to the binding's `reasons`."""
@@ -85,10 +83,6 @@ class BoundLayer:
         _switch(self.parts.layer, self.binding.switched_on)
         for group in self.parts.groups:
             group.release()
-
-
-def _nothing() -> None:
-    return None
 
 
 def _switch(layer: Any, on: bool) -> None:

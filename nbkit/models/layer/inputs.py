@@ -82,6 +82,11 @@ def causal_only(mask: Tensor | None, targets: Tensor | None = None) -> bool:
     return not bool(odd)
 
 
+def whole(numbers: Tensor) -> bool:
+    """Whether these are whole numbers, as tokens and labels are."""
+    return not (numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool)
+
+
 def check_tokens(ids: Any, embeds: Any) -> None:
     """Raises: ModelError for a batch without tokens, or of another shape than (B, T) and (B, T, D)."""
     name, given, axes = ("inputs_embeds", embeds, 3) if ids is None else ("input_ids", ids, 2)
