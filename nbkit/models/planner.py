@@ -4,8 +4,8 @@ Plans differ in speed and bytes alone, never in results. The planner takes the f
 later is planned again. Where a plan leaves room, the last layers keep more than the rest. In order of speed:
 
     level 0 with the normalised rows and a 16-bit copy of NF4 weights · without these rows · levels 0 to 3 · for long rows
-    level 3 lean, what it keeps in host RAM · level 4 lean · the same with layer inputs in host RAM, in smaller tiles, with
-    the embedding in host RAM too
+    level 3 lean, what it keeps in host RAM · level 4 lean · the same with layer inputs in host RAM, with the embedding in host
+    RAM too, in smaller tiles
 
 "lean": token tiles, head groups in the attention backward, gradients in place. Where gradient checkpointing was asked for,
 only the lean ones are looked at.
@@ -142,6 +142,10 @@ def candidates(sizes: forecast.Sizes, rows: int, *, four_bit: bool, checkpointed
     groups = min(sizes.kv_heads, max(1, GROUP_BYTES // forecast.by_head(rows, sizes)))
     tile = TILE if rows > TILE else max(256, -(-rows // 512) * 256)  # half the rows where they are few
     less = min(tile // 2, TILE // 2)
+    if rows <= TILE and not checkpointed:  # rows that make one tile go whole at first: half of them double the launches
+        yield Keep(4, None, False, groups), False, False
+        yield Keep(4, None, True, groups), False, False
+        yield Keep(4, None, True, groups), False, True
     # Attention is worth its two copies only where rows are many: on short ones the bus is slower than doing it again.
     if rows > LONG:
         yield Keep(3, tile, True, groups), False, False

@@ -56,6 +56,16 @@ def test_host_memory_is_taken_only_where_it_is_there():
     assert not poor.keep.offload
 
 
+def test_rows_that_make_one_tile_go_whole_as_long_as_they_fit():
+    whole, tiled, asked = (
+        choose(EIGHT, 4096, int(gib * GIB), four_bit=True, checkpointed=asked, host=64 * GIB, may_park=True)
+        for gib, asked in ((1.3, False), (0.6, False), (140, True))
+    )
+    assert whole.keep.level == tiled.keep.level == asked.keep.level == 4 and whole.park and tiled.park
+    assert whole.keep.tile is None and tiled.keep.tile == asked.keep.tile == 2048
+    assert all("may not fit" not in plan.why for plan in (whole, tiled))
+
+
 def test_the_embedding_is_parked_only_where_it_may_be():
     free = 200 * GIB
     while (plan := choose(EIGHT, 131072, free, four_bit=True, host=400 * GIB, may_park=True)) and not plan.park:
