@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nbkit.kernels import rms_norm as rms
+from nbkit.kernels._autograd import first_order
 from nbkit.kernels._launch import as_rows, check_rows, kernel, on_device, power_of_two, tl, use_triton
 from nbkit.kernels._op import Case, KernelOp
 from nbkit.kernels.rms_norm import BEFORE_WEIGHT, LAST, rms_norm_backward, rms_norm_forward
@@ -158,7 +158,7 @@ class _AddRMSNorm(torch.autograd.Function):
         return total.view(x.shape), y.view(x.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, ds: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
         total, weight, rstd = ctx.saved_tensors
         dx, dw = rms_norm_backward(

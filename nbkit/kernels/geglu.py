@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nbkit.kernels import swiglu
+from nbkit.kernels._autograd import first_order
 from nbkit.kernels._launch import as_rows, cdiv, check_rows, jit, kernel, on_device, power_of_two, tl, use_triton
 from nbkit.kernels._op import Case, KernelOp
 
@@ -166,7 +166,7 @@ class _GeGLU(torch.autograd.Function):
         return geglu_forward(as_rows(gate), as_rows(up), approximate=approximate).view(gate.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         dgate, dup = geglu_backward(as_rows(dh), as_rows(gate), as_rows(up), approximate=ctx.approximate)

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from nbkit.config import IGNORE_INDEX
+from nbkit.kernels._autograd import first_order
 from nbkit.kernels._launch import check_rows, jit, kernel, on_device, power_of_two, tl, use_triton
 from nbkit.kernels._op import Case, KernelOp
 
@@ -269,7 +269,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
         index, dh, dw, rows, weight, targets = ctx.saved_tensors
         dhidden = dweight = None

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nbkit.kernels import rms_norm as rms
 from nbkit.kernels import rope as rp
+from nbkit.kernels._autograd import first_order
 from nbkit.kernels._launch import cdiv, jit, kernel, on_device, power_of_two, tl, use_triton
 from nbkit.kernels._op import Case, KernelOp
 
@@ -356,7 +356,7 @@ class _QKNormRope(torch.autograd.Function):
         return qk_norm_rope_forward(q, k, wq, wk, cos, sin, eps, **how, out=(q.new_empty(q.shape), k.new_empty(k.shape)))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
         q, k, wq, wk, cos, sin = ctx.saved_tensors
         dq, dk = (x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk))

@@ -14,8 +14,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from nbkit.kernels._autograd import first_order
 from nbkit.kernels._launch import as_rows, cdiv, check_rows, kernel, on_device, power_of_two, tl, use_triton
 from nbkit.kernels._op import Case, KernelOp
 
@@ -188,7 +188,7 @@ class _RMSNorm(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None]:
         x, weight, rstd = ctx.saved_tensors
         dx, dw = rms_norm_backward(as_rows(dy), as_rows(x), weight, rstd, offset=ctx.offset, weight_grad=ctx.needs_input_grad[1])

@@ -17,8 +17,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from nbkit.kernels._autograd import first_order
 from nbkit.kernels._launch import cdiv, kernel, on_device, power_of_two, tl, use_triton
 from nbkit.kernels._op import Case, KernelOp
 from nbkit.kernels._rope_tables import Rotary, rope_frequencies
@@ -179,7 +179,7 @@ class _Rope(torch.autograd.Function):
         return rope_rotate_(x, cos, sin, inverse, positions=positions, **ctx.how, out=x.new_empty(x.shape))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, sin, positions = ctx.saved_tensors
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()

@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from nbkit.kernels._autograd import first_order
 from nbkit.kernels._launch import as_rows, cdiv, check_rows, kernel, on_device, power_of_two, tl, use_triton
 from nbkit.kernels._op import Case, KernelOp
 
@@ -132,7 +132,7 @@ class _SwiGLU(torch.autograd.Function):
         return swiglu_forward(as_rows(gate), as_rows(up)).view(gate.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
         dgate, dup = swiglu_backward(as_rows(dh), as_rows(gate), as_rows(up))

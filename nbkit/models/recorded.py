@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from nbkit.kernels._autograd import first_order
 from nbkit.kernels._launch import power_of_two
 from nbkit.models.layer.arena import Place
 from nbkit.models.layer.weights import Scratch
@@ -116,7 +116,7 @@ class Replay(torch.autograd.Function):
         return one.loss.clone()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         if ctx.pending.flat is None:
             raise RuntimeError(

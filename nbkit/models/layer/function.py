@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from nbkit.kernels._autograd import first_order
 from nbkit.kernels._launch import as_rows
 from nbkit.models.layer import backward, forward, ops
 from nbkit.models.layer.forward import Call, Kept
@@ -65,7 +65,7 @@ class LayerFunction(torch.autograd.Function):
         return y.view_as(x)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         call: Call = ctx.call
         saved, (n, m) = ctx.saved_tensors, ctx.counts
@@ -101,7 +101,7 @@ class FinalNorm(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, weight, rstd = ctx.saved_tensors
         d = x.shape[-1]

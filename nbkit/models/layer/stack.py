@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from nbkit.kernels._autograd import first_order
 from nbkit.kernels._launch import as_rows, on_device
 from nbkit.models import attention
 from nbkit.models.layer.function import GradientRows
@@ -168,7 +168,7 @@ class StackFunction(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         saved, (n, m), call = ctx.saved_tensors, ctx.counts, ctx.call
         x, cos, sin = saved[:3]
