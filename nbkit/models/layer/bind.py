@@ -16,7 +16,7 @@ from nbkit.families import Family
 from nbkit.kernels.lora_border import BorderWriter
 from nbkit.models import attention, planner
 from nbkit.models.embedding import Embedding
-from nbkit.models.layer.adapters import Unfit, Watch
+from nbkit.models.layer.adapters import Columns, Unfit, Watch
 from nbkit.models.layer.arena import Arena
 from nbkit.models.layer.bound import MARK as MARK
 from nbkit.models.layer.bound import BoundLayer, forward
@@ -55,7 +55,7 @@ class Binding(Unshared):
         self.planning: list[Callable[[], None]] = []  # called before memory is planned: who holds some that it may give back
         self.records: Callable[[int], bool] = _never  # whether steps of so many tokens are recorded, where memory allows it
         self.how: set[str] = set()  # the attention implementations met, for the report
-        self.everything: Watch | None = None
+        self.everything: Columns | None = None
         self.looked = False  # the model's forward has read the adapters: the decoder's, which it calls next, need not
         self.plain: bool | None = None  # whether the mask needs no look, where the model's forward has looked
         self.version = 0  # goes up when anything changes that a recorded step holds fixed
@@ -157,7 +157,7 @@ class Binding(Unshared):
             self.version += 1
         self.everything = self._everything()
 
-    def _everything(self) -> Watch | None:
+    def _everything(self) -> Columns | None:
         """What tells at the next forward that nothing changed; None where a full look is needed each time."""
         found = Watch()
         found.add(self.made)
@@ -167,7 +167,7 @@ class Binding(Unshared):
             found.places += [(vars(layer), key, vars(layer).get(key)) for key in ("training", "gradient_checkpointing")]
             if self.reasons or not bound.parts.report_to(found):
                 return None
-        return found
+        return Columns(found)
 
     def before(self, kwargs: dict[str, Any]) -> None:
         """At the start of each training forward: bring the borders up to date, and say once for all layers what the mask is.

@@ -7,7 +7,6 @@ only is one `Room`, which all layers and steps of one shape write again and agai
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -106,7 +105,6 @@ class Room:
         self.kind, self.spans = (batch, tokens, turned), layout.spans
         self.layout = layout
         self.slabs: Slabs | None = None
-        self.borrower: weakref.ref[Any] | None = None
         self.hidden = border(n, f, r_down, layout)
         self.g = Stream(self._empty(layout, n, d + max(r_o, r_down)), layout)
         self.dh = self._empty(layout, n, f)
@@ -137,28 +135,17 @@ class Room:
         self.of_mlp = _products([] if self.fused else down, down, gate_up, [] if self.fused else gate_up)
         self.of_attention = _products(o, o, qkv, qkv)
 
-    def lend(self, ctx: Any, layers: int) -> Slabs:
-        """Slabs for the node `ctx`: those of the last step of this shape, once its backward is through; else new ones."""
-        if self.slabs is not None and self.borrower is not None and _unfinished(self.borrower()):
-            return Slabs(self.layout, *self.kind[:2], layers)
+    def lend(self, layers: int) -> Slabs:
+        """Slabs for a node: those of the last step of this shape, once its backward is through; else new ones."""
         if self.slabs is None:
             self.slabs = Slabs(self.layout, *self.kind[:2], layers)
-        self.borrower = weakref.ref(ctx)
+        elif self.slabs.lent():
+            return Slabs(self.layout, *self.kind[:2], layers)
         return self.slabs
 
     @staticmethod
     def _empty(layout: Layout, rows: int, columns: int) -> Tensor:
         return torch.empty(rows, columns, dtype=layout.dtype, device=layout.device)
-
-
-def _unfinished(ctx: Any) -> bool:
-    """Whether a backward may still read what the node saved. Autograd refuses to show it once it has been let go of."""
-    if ctx is None:
-        return False
-    try:
-        return bool(ctx.saved_tensors)
-    except RuntimeError:
-        return False
 
 
 def _norm(eps: float, x: Tensor, weight: Tensor, out: Tensor, rstd: Tensor) -> None:
@@ -232,6 +219,11 @@ class Slabs:
             [slab.narrow(2, start + s.offset, s.rank).unbind(0) for s in spans]
             for (slab, start), spans in zip(borders, layout.spans, strict=True)
         ]
+        self.holders = stats._use_count()  # without a node of autograd that has saved it
+
+    def lent(self) -> bool:
+        """Whether a backward may still read what its node saved; autograd lets go of it when none will."""
+        return self.tensors[-1]._use_count() > self.holders
 
 
 class _Borders:

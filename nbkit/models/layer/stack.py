@@ -8,8 +8,9 @@ whatever wants to see a single layer (hooks, hidden states of each), goes layer 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -154,28 +155,38 @@ def _products(sums: Sums, kept: Slabs, which: int, layer: int, dyb: Tensor, x: T
 class StackFunction(torch.autograd.Function):
     """y = the last layer's output. `params` are what is trained, layer by layer in the order of `Parts.parameters`."""
 
+    @classmethod
+    def apply(cls, *given: Any) -> Any:
+        """As any function's, without a look at each of hundreds of parameters for what vmap and the like have left behind."""
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*given)
+        return super(torch.autograd.Function, cls).apply(*given)
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, call: Stack, rows: GradientRows, *params: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False), on_device(x):  # dtypes are the weights' own; autocast would mix them
-            kept = call.room.lend(ctx, len(call.parts))
+            kept = call.room.lend(len(call.parts))
             y, attended = forward(call, as_rows(x).contiguous(), cos, sin, kept)
         ctx.call, ctx.gradient_rows, ctx.views = call, rows, kept
         ctx.used = [p.used() for p in call.parts]
         ctx.numbers = [(len(state), numbers) for _, state, numbers in attended]
         states = [t for out, state, _ in attended for t in (out, *state)]
-        ctx.counts = (len(params), len(kept.tensors))
-        ctx.save_for_backward(x, cos, sin, *params, *kept.tensors, *states)
+        # Parameters are not read again, their copies in the borders are: so of them it is the versions that count.
+        ctx.params, ctx.versions, ctx.count = params, versions_of(params), len(kept.tensors)
+        ctx.save_for_backward(x, cos, sin, *kept.tensors, *states)
         return y.view(x.shape)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        saved, (n, m), call = ctx.saved_tensors, ctx.counts, ctx.call
+        saved, m, call = ctx.saved_tensors, ctx.count, ctx.call
+        if versions_of(ctx.params) != ctx.versions:
+            raise RuntimeError("An adapter's weights were modified in place between a step's forward and its backward.")
         x, cos, sin = saved[:3]
         kept, ctx.views = ctx.views, None  # views hold memory that autograd lets go of after this, unless the graph is retained
         if kept is None:
-            kept = Slabs(call.layout, call.batch, call.tokens, len(call.parts), saved[3 + n : 3 + n + m])
-        at, attended = 3 + n + m, []
+            kept = Slabs(call.layout, call.batch, call.tokens, len(call.parts), saved[3 : 3 + m])
+        at, attended = 3 + m, []
         for count, numbers in ctx.numbers:
             attended.append((saved[at], saved[at + 1 : at + 1 + count], numbers))
             at += 1 + count
@@ -190,6 +201,11 @@ class StackFunction(torch.autograd.Function):
         if not all(wanted):
             grads = [d if w else None for d, w in zip(grads, wanted, strict=True)]
         return (dx.view(x.shape) if dx is not None else None, None, None, None, None, *grads)
+
+
+def versions_of(params: Sequence[Tensor]) -> list[int]:
+    """Autograd's counts of their changes in place."""
+    return list(map(attrgetter("_version"), params))
 
 
 class Stacks:

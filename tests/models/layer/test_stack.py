@@ -249,6 +249,20 @@ def test_adapters_switched_between_forward_and_backward(runs):
     binding.release()
 
 
+def test_weights_changed_between_forward_and_backward_are_said(runs):
+    model, inputs = lora("llama"), batch()
+    binding = bound(model)
+    weight = next(p for p in model.parameters() if p.requires_grad)
+    loss = model(**inputs).loss
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified in place"):
+        loss.backward()
+    model(**inputs).loss.backward()
+    assert len(runs) == 2 and weight.grad is not None
+    binding.release()
+
+
 def test_what_is_kept_is_used_again_by_the_next_step_and_given_back(runs, monkeypatch):
     """While the loss lives on, as it does in a training loop; not before its backward is through, and not under no_grad."""
     model, inputs = lora("llama"), batch()
