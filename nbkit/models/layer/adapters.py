@@ -17,6 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 OURS: set[Callable[..., Any]] = set()  # the forwards that nbkit itself binds to parts of a layer: the fused steps stand for them
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_EVERYWHERE: list[dict[int, Any]] = [getattr(torch.nn.modules.module, f"_global{kind}") for kind in _HOOKS]
+_KNOWN = ("torch", "transformers", "peft", "bitsandbytes")  # whose forwards the fused steps stand for
 # transformers leaves hooks on attention for `output_attentions`; they do nothing where it is not asked for.
 _IDLE_HOOKS = "transformers.utils.output_capturing"
 
@@ -54,14 +56,36 @@ def base_of(module: Any) -> Any:
     return module._modules.get("base_layer", module)
 
 
+def kind_of(thing: object) -> str:
+    """A class with the library it is from: many are called Linear."""
+    return f"{type(thing).__name__} of {type(thing).__module__.split('.')[0]}"
+
+
+def part_of(module: nn.Module, path: str) -> nn.Module:
+    """The submodule at `path`. Raises: Unfit where there is none: another library has put a module of its own there."""
+    try:
+        return module.get_submodule(path)
+    except AttributeError as error:
+        raise Unfit(f"{kind_of(module)} has no {path}") from error
+
+
 def hooks_made() -> int:
     """Goes up with every hook that is registered anywhere: whether one is new costs no look at any module."""
     return RemovableHandle.next_id
 
 
+def of_others(module: nn.Module, *known: str) -> bool:
+    """Whether its class has a forward of none of the libraries `known`: one's own subclass, say, or a class that was patched."""
+    return type(module).forward.__module__.partition(".")[0] not in known
+
+
 def foreign(modules: Iterable[tuple[str, nn.Module]]) -> str | None:
     """The first module that would not do what its class does, and why: a fused step would pass over it. None if there is none."""
+    if any(_EVERYWHERE):
+        return "all modules are hooked (register_module_forward_hook and the like), and a fused layer calls none"
     for name, module in modules:
+        if of_others(module, *_KNOWN):
+            return f"{name} is a {kind_of(module)}, whose own forward a fused layer does not call"
         bound = vars(module).get("forward")
         if bound is not None:
             function = getattr(bound, "__func__", bound)
@@ -115,6 +139,10 @@ class Watch:
 
     def _see_hooks(self, *modules: nn.Module) -> None:
         self.hooked += [(hooks := vars(module)[kind], len(hooks)) for module in modules for kind in _HOOKS]
+
+    def see_hooks_of_all(self) -> None:
+        """Watch the hooks that torch calls for every module there is."""
+        self.hooked += [(hooks, len(hooks)) for hooks in _EVERYWHERE]
 
     def see(self, held: dict[str, Any], *keys: str) -> None:
         """Watch what a dict holds under these keys."""

@@ -93,12 +93,12 @@ class NormGradients:
         """add_to + dx of norm `which` into `out` (or add_to), and its dweight into the sum."""
         p = self.parts
         trained = p.norms_trained[which]
-        _, dw = ops.rms_norm_backward(dy, x, p.norms[which].weight, rstd, add_to=add_to, out=out, weight_grad=trained)
+        _, dw = ops.rms_norm_backward(dy, x, p.weights[which], rstd, add_to=add_to, out=out, weight_grad=trained)
         if trained:
             self.sums[which] = dw if self.sums[which] is None else self.sums[which].add_(dw)
 
     def out(self) -> list[Tensor]:
-        return [s.to(n.weight.dtype) for s, n in zip(self.sums, self.parts.norms, strict=True) if s is not None]
+        return [s.to(weight.dtype) for s, weight in zip(self.sums, self.parts.weights, strict=True) if s is not None]
 
 
 # One tile of one group: its sums, dy (n, O + R) with its border filled, x (n, I), xa (n, R) = x A^T. Without x dA is there

@@ -114,7 +114,7 @@ def queries_keys_values(
 
 def normed(p: Parts, which: int, x: Tensor, h: Tensor, rstd: Tensor | None = None) -> None:
     """norm(x) into the first D columns of h, and 1 / rms of each row into `rstd` where the forward wants it."""
-    ops.rms_norm_forward(x, p.norms[which].weight, p.eps, out=h[:, : p.d], rstd=rstd)
+    ops.rms_norm_forward(x, p.weights[which], p.eps, out=h[:, : p.d], rstd=rstd)
 
 
 def attend(call: Call, qkv: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:

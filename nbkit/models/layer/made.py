@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from nbkit.families import Family
-from nbkit.models.layer.adapters import Watch
+from nbkit.models.layer.adapters import Unfit, Watch, part_of
 
 _CONFIG = ("sliding_window", "layer_types", "is_causal", "num_hidden_layers", "hidden_act")
 _ATTENTION = ("attention_dropout", "is_causal", "scaling")
@@ -28,8 +28,12 @@ def made_from(decoder: nn.Module, family: Family, config: Any) -> Watch:
     watch.see(decoder.get_submodule(parent)._modules, name)
     watch.see(layers._modules, *(str(index) for index in range(len(layers) + 1)))  # none may come behind the last
     watch.see(vars(config), *_CONFIG)
+    watch.see_hooks_of_all()
     for layer in layers:
-        attention, mlp = (layer.get_submodule(path) for path in (family.attention.module, family.mlp.module))
+        try:
+            attention, mlp = (part_of(layer, path) for path in (family.attention.module, family.mlp.module))
+        except Unfit:  # another library's layer runs stock, whatever becomes of it
+            continue
         for path in (family.attention.module, family.mlp.module):
             above, _, name = path.rpartition(".")
             watch.see(layer.get_submodule(above)._modules, name)

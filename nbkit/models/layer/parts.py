@@ -8,8 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from nbkit.families import Family
-from nbkit.models.layer.adapters import Unfit, Watch, base_of, foreign, hooks_made, other_method
-from nbkit.models.layer.weights import Group, Scratch, kind_of
+from nbkit.models.layer.adapters import (
+    Unfit,
+    Watch,
+    base_of,
+    foreign,
+    hooks_made,
+    kind_of,
+    of_others,
+    other_method,
+    part_of,
+)
+from nbkit.models.layer.weights import Group, Scratch
 
 SILU = ("SiLUActivation", "SiLU")  # torch's class and transformers' of it
 
@@ -19,8 +29,9 @@ class Parts:
 
     def __init__(self, layer: nn.Module, index: int, family: Family, config: Any, scratch: Scratch) -> None:
         require_declared(family)
+        require_own(layer)
         self.layer, self.index = layer, index
-        attention, mlp = layer.get_submodule(family.attention.module), layer.get_submodule(family.mlp.module)
+        attention, mlp = part_of(layer, family.attention.module), part_of(layer, family.mlp.module)
         facts = family.attention
         self.qkv = Group("qkv", attention, (facts.q, facts.k, facts.v), scratch)
         self.o = Group("o", attention, (facts.o,), scratch)
@@ -30,6 +41,7 @@ class Parts:
         self.norm_names, self.eps_name = (family.norm.attention, family.norm.mlp), family.norm.eps
         self.eps = 0.0
         self.norms = self._norms()
+        self.weights = self._weights()  # of the norms
         self.norms_trained = (False, False)
         self.blocks = (attention, mlp)
         self.odd: str | None = None  # what of the layer is not as its class has it
@@ -55,17 +67,17 @@ class Parts:
 
     def refresh(self) -> bool:
         """Read the adapters again; True if any changed. Raises: Unfit."""
-        eps, norms = self.eps, self._norms()
-        trained = tuple(norm.weight.requires_grad for norm in norms)
-        changed = (
-            eps != self.eps or trained != self.norms_trained or any(a is not b for a, b in zip(norms, self.norms, strict=True))
-        )
-        self.norms, self.norms_trained = norms, trained
+        eps, norms, weights = self.eps, self.norms, self.weights
+        self.norms = self._norms()
+        self.weights = self._weights()
+        trained = tuple(weight.requires_grad for weight in self.weights)
+        changed = eps != self.eps or trained != self.norms_trained or differ(norms, self.norms) or differ(weights, self.weights)
+        self.norms_trained = trained
         for group in self.groups:
             changed |= group.refresh()
             group.bring_bias()
         self.dtype = self._dtype()
-        seen = (hooks_made(), *(vars(module).get("forward") for module in (*self.blocks, *norms)))
+        seen = (hooks_made(), *(vars(module).get("forward") for module in (*self.blocks, *self.norms)))
         if changed or self.odd is not None or seen != self.seen:
             self.odd, self.seen = foreign(self._inside()), seen
         if self.odd is not None:
@@ -74,11 +86,12 @@ class Parts:
 
     def used(self) -> tuple[Any, ...]:
         """What a forward reads now, for `use` in its backward."""
-        return (self.norms, self.norms_trained, *(group.used for group in self.groups))
+        return (self.norms, self.weights, self.norms_trained, *(group.used for group in self.groups))
 
     def use(self, used: tuple[Any, ...]) -> None:
-        """Put back what a forward read: adapters, and with them copies of linears and norms, may have been switched since."""
-        self.norms, self.norms_trained, *of_groups = used
+        """Put back what a forward read: adapters, and with them copies of linears and norms, may have been switched since,
+        or weights were lent for that forward alone (`torch.func.functional_call`)."""
+        self.norms, self.weights, self.norms_trained, *of_groups = used
         for group, one in zip(self.groups, of_groups, strict=True):
             group.use(one)
 
@@ -89,7 +102,7 @@ class Parts:
         return self.qkv.dtype
 
     def _norms(self) -> tuple[Any, Any]:
-        found = [self.layer.get_submodule(name) for name in self.norm_names]
+        found = [part_of(self.layer, name) for name in self.norm_names]
         for name, module in zip(self.norm_names, found, strict=True):
             if "base_layer" in module._modules:
                 raise other_method(name, module)
@@ -102,6 +115,13 @@ class Parts:
         self.eps = float(getattr(first, self.eps_name))
         return first, second
 
+    def _weights(self) -> tuple[Any, Any]:
+        """Of the norms. Raises: Unfit where one is no parameter."""
+        first, second = (norm._parameters.get("weight") for norm in self.norms)
+        if first is None or second is None:
+            raise Unfit("the weight of a norm is made anew in each forward (pruned or parametrized)")
+        return first, second
+
     def _inside(self) -> list[tuple[str, nn.Module]]:
         """Every module whose work the fused steps do."""
         return [(name, module) for name, module in self.layer.named_modules() if name]
@@ -110,7 +130,8 @@ class Parts:
         """Add what `refresh` looks at; False if it has to be asked each time."""
         everything.places += [(vars(m), "forward", vars(m).get("forward")) for m in (*self.blocks, *self.norms)]
         everything.places += [(vars(m), self.eps_name, vars(m).get(self.eps_name)) for m in self.norms]
-        everything.places.append((vars(self), "norms", self.norms))
+        everything.places += [(norm._parameters, "weight", p) for norm, p in zip(self.norms, self.weights, strict=True)]
+        everything.places += [(vars(self), "norms", self.norms), (vars(self), "weights", self.weights)]
         for name in self.norm_names:
             everything.look(*_parent(self.layer, name))
         return all([group.report_to(everything) for group in self.groups])
@@ -123,8 +144,25 @@ class Parts:
 
     def parameters(self) -> list[Tensor]:
         """All that is trained, group by group and then the norms: the order in which the backward gives their gradients."""
-        norms = [n.weight for n, trained in zip(self.norms, self.norms_trained, strict=True) if trained]
+        norms = [weight for weight, trained in zip(self.weights, self.norms_trained, strict=True) if trained]
         return [p for group in self.groups for p in group.parameters()] + norms
+
+
+def differ(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    """Whether these are not the very same objects."""
+    return any(a is not b for a, b in zip(some, others, strict=True))
+
+
+def require_own(layer: nn.Module) -> None:
+    """Raises: Unfit for a decoder layer that does not run the forward of transformers' class, which the fused steps stand for."""
+    bound = vars(layer).get("forward")
+    function = getattr(bound, "__func__", bound)
+    if of_others(layer, "transformers"):
+        raise Unfit(f"it is a {kind_of(layer)}, whose own forward a fused layer does not call")
+    if bound is not None and function is not type(layer).forward:
+        if getattr(function, "__module__", "").startswith("nbkit."):
+            raise Unfit("it is a layer of another patched model")
+        raise Unfit("another library has bound a forward of its own to the layer")
 
 
 def _parent(layer: nn.Module, path: str) -> tuple[nn.Module, list[str]]:

@@ -68,7 +68,7 @@ def layout_of(parts: Sequence[Parts]) -> Layout | None:
         spans = tuple(tuple(Span(t.start, t.stop, t.offset, t.rank, t.scale) for t in group.terms) for group in p.groups)
         ranks = tuple(group.rank for group in p.groups)
         trained = next(iter(kinds), None)
-        norms = (p.eps, *((norm.weight.dtype, norm.weight.stride()) for norm in p.norms))
+        norms = (p.eps, *((weight.dtype, weight.stride()) for weight in p.weights))
         found.add(Layout((p.d, p.f, p.h, p.g, p.k), ranks, spans, p.dtype, norms, trained, p.qkv.device))
     return found.pop() if len(found) == 1 else None
 

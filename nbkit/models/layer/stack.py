@@ -46,7 +46,7 @@ def forward(call: Stack, x: Tensor, cos: Tensor, sin: Tensor, kept: Slabs) -> tu
     y = torch.empty_like(x)
     for i, p in enumerate(call.parts):
         w_qkv, w_o, w_gate_up, w_down = p.qkv.views(), p.o.views(), p.gate_up.views(), p.down.views()
-        norm1, norm2 = _weights(p)
+        norm1, norm2 = p.weights
         mid, xa_o = kept.mid[i], kept.xa_o[i]
         room.norm1(x, norm1, h1.x[i], kept.rstd1[i])
         _project(h1.all[i], h1.x[i], h1.xa[i], w_qkv, p.qkv.bias, kept.qkv[i])
@@ -70,11 +70,6 @@ def forward(call: Stack, x: Tensor, cos: Tensor, sin: Tensor, kept: Slabs) -> tu
         if p.down.bias is not None:
             x.add_(p.down.bias)
     return y, attended
-
-
-def _weights(p: Parts) -> tuple[Any, Any]:
-    """Of the two norms, past `nn.Module.__getattr__`."""
-    return p.norms[0]._parameters["weight"], p.norms[1]._parameters["weight"]
 
 
 def _project(rows: Tensor, x: Tensor, xa: Tensor, weight: Any, bias: Tensor | None, out: Tensor) -> None:
@@ -105,7 +100,7 @@ def backward(
     for i in reversed(range(len(call.parts))):
         p = call.parts[i]
         w_down, w_gate_up, w_o, w_qkv = p.down.views(), p.gate_up.views(), p.o.views(), p.qkv.views()
-        norm1, norm2 = _weights(p)
+        norm1, norm2 = p.weights
         if w_down.b is not None:
             mm(g.x, w_down.b, out=g.down_xa)
         dh = mm(g.down, w_down.back, out=room.dh)

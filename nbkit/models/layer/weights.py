@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nbkit.errors import ModelError
 from nbkit.kernels.lora_border import write_borders
 from nbkit.kernels.nf4 import Nf4, dequantize_nf4
-from nbkit.models.layer.adapters import Term, Unfit, Watch, base_of, terms
+from nbkit.models.layer.adapters import Term, Unfit, Watch, base_of, kind_of, part_of, terms
 
 RANK_STEP = 16  # ranks are padded with zeros to a multiple of it: tensor cores read K in such steps
 STRIDE_STEP = 64  # the border's width: rows stay 128-byte aligned in 16 bits
@@ -109,7 +109,7 @@ class Group:
         self.places: list[tuple[dict[str, Any], str, Tensor, int]] = []  # weights and biases, as they were last seen
         self._watch: Watch | None = None
         self._views: Views | None = None
-        self._look_at([base_of(parent.get_submodule(n)) for n in names])
+        self._look_at([base_of(part_of(parent, n)) for n in names])
         self.used = Used([], [], self.bases)
 
     def _look_at(self, bases: list[Any]) -> None:
@@ -120,6 +120,8 @@ class Group:
             raise Unfit(f"one of {names} is a {kind_of(odd)}, not a plain or NF4 linear")
         if any(b._parameters.get("weight") is None for b in bases):
             raise Unfit(f"the weight of {names} is made anew in each forward (pruned or parametrized)")
+        if len({id(b.weight) for b in bases}) != len(bases):
+            raise Unfit(f"two of {names} share one weight")
         self.bases = bases
         self.sizes = tuple(b.out_features for b in bases)
         self.inputs, self.outputs = bases[0].in_features, sum(self.sizes)
@@ -336,8 +338,3 @@ def apart(part: Tensor) -> Tensor:
     Who saves a model takes tensors of one storage for one tied weight: transformers refuses them, accelerate drops all but one.
     """
     return torch.from_dlpack(part)
-
-
-def kind_of(thing: object) -> str:
-    """A class with the library it is from: many are called Linear."""
-    return f"{type(thing).__name__} of {type(thing).__module__.split('.')[0]}"
