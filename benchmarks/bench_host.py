@@ -41,7 +41,7 @@ def launch_nothing() -> None:
 
     def make(self: Any, key: Any, grid: Any, args: Any, constants: Any) -> None:
         fixed = self.jit.arg_names[len(args) :]
-        self.made[key] = (lambda *_: None, 0, (), tuple(constants[name] for name in fixed))
+        self.made[key] = _launch.Found(lambda *_: None, (), tuple(constants[name] for name in fixed))
 
     _launch.Launcher._make = make
     real = attention._kind

@@ -72,7 +72,7 @@ class Launcher:
 
     def __init__(self, jitted: Any) -> None:
         self.jit = jitted
-        self.made: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self.made: dict[tuple[Any, ...], Found] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return partial(self._launch, grid)
@@ -107,11 +107,10 @@ class Launcher:
             _tell()
             self._make(whole, grid, args, constants)
             return
-        run, function, metadata, fixed = found
         if _SEEN:
             _tell(found, grid, args, device)
         x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-        run(x, y, z, current_stream(device), function, metadata, None, None, None, *passed, *fixed)
+        found.launch(x, y, z, current_stream(device), *found.before, *found.arguments(passed))
 
     def _make(self, key: tuple[Any, ...], grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
         """Launch the ordinary way, which compiles, and keep what was compiled."""
@@ -123,8 +122,32 @@ class Launcher:
             raise TypeError(f"{self.jit.__name__}: give {', '.join(wrong)} by keyword if constexpr, else by position.")
         compiled = self.jit[grid](*args, **constants)
         if hasattr(compiled, "packed_metadata"):  # not while Triton compiles in the background
-            values = tuple(constants[name] for name in fixed)
-            self.made[key] = (compiled.run, compiled.function, compiled.packed_metadata, values)
+            self.made[key] = Found.of(compiled, tuple(constants[name] for name in fixed))
+
+
+class Found(NamedTuple):
+    """A compiled kernel: call `launch` with the grid, the stream, `before` and what `arguments` gives."""
+
+    launch: Callable[..., Any]
+    before: tuple[Any, ...]
+    fixed: tuple[Any, ...]  # the constants, which come last
+    packed: bool = False  # whether the launch takes all arguments as one tuple
+
+    @classmethod
+    def of(cls, compiled: Any, fixed: tuple[Any, ...]) -> Found:
+        """Past Triton's own function in Python where that would do nothing but pass on: the kernel wants no memory of its own."""
+        run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+        if getattr(run, "launch", None) is None or run.global_scratch_size or run.profile_scratch_size:
+            return cls(run, (function, metadata, None, None, None), fixed)
+        how = (function, run.launch_cooperative_grid, run.launch_pdl)
+        if hasattr(run, "kernel_signature"):  # from Triton 3.7 on
+            about = (metadata, None, None, None, None, None, run.arg_annotations, run.kernel_signature)
+            return cls(run.launch, (*how, *about), fixed, True)
+        return cls(run.launch, (*how, None, None, metadata, None, None, None), fixed)
+
+    def arguments(self, passed: list[Any]) -> tuple[Any, ...]:
+        """The end of a launch: `passed` are the tensors' addresses and the numbers."""
+        return ((*passed, *self.fixed),) if self.packed else (*passed, *self.fixed)
 
 
 _SEEN: dict[int, list[Any]] = {}  # by thread: the launches that a `Prepared` is looking at
@@ -137,6 +160,18 @@ def _tell(*launch: Any) -> None:
         seen.append(launch)
 
 
+class Stand:
+    """Where launches go, found out once for many: `now` is (device, stream), None where each has to go Triton's ordinary way."""
+
+    now: tuple[int, int] | None = None
+
+    def look(self) -> None:
+        """Call before a row of launches among which no other device, stream or profiler is set."""
+        current_device, current_stream, hooks = _driver()
+        device = current_device()
+        self.now = None if _hooked(hooks) else (device, current_stream(device))
+
+
 class Prepared:
     """`fn` for tensors that keep shapes, strides and dtypes from call to call: its launches, found once, without the rest.
 
@@ -144,10 +179,14 @@ class Prepared:
     `strides_of` are the places of those whose strides it cannot know, which are compared each time. What `fn` returns is lost.
     `own`: it makes tensors that nothing but its launches write; the next calls use them again. Without it, a call that gives a
     launch a tensor of its own making goes through `fn` every time, and so does one that computes with torch or launches nothing.
+    `stand`: of the caller, who has it look; None: each call looks by itself.
     """
 
-    def __init__(self, fn: Callable[..., Any], strides_of: tuple[int, ...] = (), own: bool = False) -> None:
+    def __init__(
+        self, fn: Callable[..., Any], strides_of: tuple[int, ...] = (), own: bool = False, stand: Stand | None = None
+    ) -> None:
         self.fn, self.strides_of, self.own = fn, strides_of, own
+        self.stand, self.looks = stand or Stand(), stand is None
         self.found: list[_Ready] | None = None
         self.device = -1
         self.strides: list[tuple[int, ...]] = []
@@ -157,19 +196,20 @@ class Prepared:
         if self.found is None:
             self._look(tensors)
             return
-        current_device, current_stream, hooks = _driver()
-        bits, device = 0, self.device
-        for _, _, slots, passed, _ in self.found:
+        if self.looks:
+            self.stand.look()
+        now, bits = self.stand.now, 0
+        for _, _, held, slots, _ in self.found:
             for place, index, offset in slots:
-                passed[place] = at = tensors[index].data_ptr() + offset
+                held[place] = at = tensors[index].data_ptr() + offset
                 bits |= at
-        odd = bits & 15 or current_device() != device or _hooked(hooks)
-        if odd or any(tensors[i].stride() != known for i, known in zip(self.strides_of, self.strides, strict=False)):
+        odd = bits & 15 or now is None or now[0] != self.device
+        if odd or (self.strides and [tensors[i].stride() for i in self.strides_of] != self.strides):
             self.fn(*tensors)
             return
-        stream = current_stream(device)
-        for (run, function, metadata, fixed), (x, y, z), _, passed, _ in self.found:
-            run(x, y, z, stream, function, metadata, None, None, None, *passed, *fixed)
+        for launch, arguments, _, _, _ in self.found:
+            arguments[3] = now[1]
+            launch(*arguments)
 
     def _look(self, tensors: tuple[torch.Tensor, ...]) -> None:
         """Call `fn`, and see what it launches."""
@@ -188,20 +228,25 @@ class Prepared:
             return
         if not seen or not all(seen):  # nothing was launched, or something was compiled
             return
-        ready = [self._ready(tensors, *launch) for launch in seen]
+        ready = [self._ready(tensors, *launch[:3]) for launch in seen]
         if all(one is not None for one in ready):
             self.strides = [tensors[i].stride() for i in self.strides_of]
             self.device, self.found = seen[0][3], [one for one in ready if one is not None]
 
     def _ready(
-        self, tensors: tuple[torch.Tensor, ...], found: tuple[Any, ...], grid: tuple[int, ...], args: tuple[Any, ...], device: int
+        self, tensors: tuple[torch.Tensor, ...], found: Found, grid: tuple[int, ...], args: tuple[Any, ...]
     ) -> _Ready | None:
         """One launch with the places of its addresses; None where one is no tensor of the caller's."""
-        slots, passed, kept = [], list(args), []
-        for place, value in enumerate(args):
+        slots, kept = [], []
+        arguments = [*(*grid, 1, 1)[:3], 0, *found.before, *found.arguments(list(args))]
+        held = arguments
+        if found.packed:
+            held = arguments[-1] = list(arguments[-1])
+        first = len(held) - len(args) - len(found.fixed)
+        for place, value in enumerate(args, first):
             if not isinstance(value, torch.Tensor):
                 continue
-            passed[place] = value.data_ptr()
+            held[place] = value.data_ptr()
             source = next((i for i, t in enumerate(tensors) if t is value), None)
             if source is None:  # a part of one of them: of the nearest that begins before it
                 before = [i for i, t in enumerate(tensors) if _same_memory(t, value) and t.data_ptr() <= value.data_ptr()]
@@ -212,7 +257,7 @@ class Prepared:
                 kept.append(value)
             else:
                 return None
-        return _Ready(found, (*grid, 1, 1)[:3], slots, passed, kept)
+        return _Ready(found.launch, arguments, held, slots, kept)
 
 
 class _Work(TorchDispatchMode):
@@ -228,12 +273,15 @@ class _Work(TorchDispatchMode):
 
 
 class _Ready(NamedTuple):
-    """A launch: what was compiled, the grid, (place, tensor, offset in bytes) of addresses, all it is passed, what it holds."""
+    """A launch and all it is called with, the stream in place 3; `held` is the list that has its addresses, at `slots`.
 
-    found: tuple[Any, ...]
-    grid: tuple[int, ...]
+    A slot is (place, tensor, offset in bytes). `kept` are tensors that `fn` made.
+    """
+
+    launch: Callable[..., Any]
+    arguments: list[Any]
+    held: list[Any]
     slots: list[tuple[int, int, int]]
-    passed: list[Any]
     kept: list[torch.Tensor]
 
 

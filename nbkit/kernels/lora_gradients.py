@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from nbkit.kernels._gemm import accumulate
-from nbkit.kernels._launch import Prepared, capability_of, cdiv, jit, kernel, on_device, power_of_two, tl, use_triton
+from nbkit.kernels._launch import Prepared, Stand, capability_of, cdiv, jit, kernel, on_device, power_of_two, tl, use_triton
 from nbkit.kernels._op import Case, KernelOp
 from nbkit.kernels.swiglu_lora import MIN_CAPABILITY, _processors
 
@@ -277,18 +277,19 @@ def one_product(p: Product, add: bool = False) -> None:
     accumulate(p.out, left.t(), right, p.scale, add)
 
 
-def prepared_products(turned: Sequence[bool], scales: Sequence[float], add: bool = False) -> Prepared:
+def prepared_products(turned: Sequence[bool], scales: Sequence[float], add: bool = False, stand: Stand | None = None) -> Prepared:
     """`thin_products` for tensors that keep shapes, strides and dtypes: takes thin, wide, out of the first, then of the next.
 
     Args:
         turned, scales: of each product.
+        stand: see `Prepared`.
     """
 
     def run(*tensors: Tensor) -> None:
         each = zip(tensors[::3], tensors[1::3], tensors[2::3], turned, scales, strict=True)
         thin_products([Product(*p) for p in each], add)
 
-    return Prepared(run)
+    return Prepared(run, stand=stand)
 
 
 # -- op --------------------------------------------------------------------------------------------

@@ -236,6 +236,38 @@ def test_the_compiled_kernel_is_called_as_triton_calls_it() -> None:
     assert names[6:-1] in ([], ["kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook"])
 
 
+@pytest.mark.skipif(_launch.triton is None or not _launch.LEAN or _launch.INTERPRETED, reason="launches are not lean here")
+@pytest.mark.parametrize("scratch", [0, 64])
+def test_what_triton_hands_its_launch_is_handed_to_it_here(scratch: int) -> None:
+    """Triton's own function in Python between the two is passed by; not where a kernel wants memory that it would take."""
+    driver = pytest.importorskip("triton.backends.nvidia.driver")
+    names, calls = list(inspect.signature(driver.CudaLauncher.__call__).parameters), []
+
+    class Run:
+        num_ctas, launch_cooperative_grid, launch_pdl = 1, False, True
+        global_scratch_size = global_scratch_align = profile_scratch_align = 0
+        profile_scratch_size = scratch
+
+        def launch(self, *args: Any) -> None:
+            calls.append(args)
+
+        def __call__(self, *args: Any) -> None:
+            calls.append("in full")
+
+    if "kernel_metadata" in names:  # from Triton 3.7 on
+        Run.arg_annotations, Run.kernel_signature = ("annotations",), b"signature"  # type: ignore[attr-defined]
+    run = Run()
+    compiled = SimpleNamespace(run=run, function="function", packed_metadata=("packed",))
+    found = _launch.Found.of(compiled, (True, 8))
+    found.launch(3, 2, 1, 77, *found.before, *found.arguments([1024, 2048, 5, 0.5]))
+    if scratch:
+        assert calls == ["in full"]
+        return
+    driver.CudaLauncher.__call__(run, 3, 2, 1, 77, "function", ("packed",), None, None, None, 1024, 2048, 5, 0.5, True, 8)
+    ours, theirs = calls
+    assert ours == theirs
+
+
 @pytest.mark.gpu
 def test_lean_launches_equal_ordinary_ones() -> None:
     """Numbers that are 1, divisible by 16 or neither, pointers aligned and not, another stream, and a recorded graph."""
@@ -307,6 +339,32 @@ def test_a_prepared_function_is_called_in_full_where_its_launch_would_be_another
     monkeypatch.setattr(_launch, "_driver", lambda: other)
     run(x, y)
     assert len(calls) == 6
+
+
+def test_a_caller_that_looks_once_is_followed(fake: _launch.Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    stand = _launch.Stand()
+
+    def fn(x: torch.Tensor, y: torch.Tensor) -> None:
+        calls.append("in full")
+        fake[(3, 2)](y, x, x.shape[0], 0.5, ADD=True, BLOCK=8, num_warps=4)
+
+    run, x, y = _launch.Prepared(fn, stand=stand), torch.zeros(12), torch.zeros(12)
+    for _ in range(3):
+        run(x, y)
+    assert len(calls) == 3, "nobody has looked where launches go"
+    stand.look()
+    run(x, y)
+    assert len(calls) == 3 and fake.jit.calls[-1][:5] == ("lean", 3, 2, 1, 77)
+    for change in ((lambda: -1, lambda device: 78, fake.hooks), (lambda: 1, lambda device: 79, fake.hooks)):  # type: ignore[attr-defined]
+        monkeypatch.setattr(_launch, "_driver", lambda change=change: change)
+        stand.look()
+        run(x, y)
+    assert len(calls) == 4 and ("lean", 3, 2, 1, 78) in [call[:5] for call in fake.jit.calls]
+    fake.hooks.launch_enter_hook.calls.append(print)  # type: ignore[attr-defined]
+    stand.look()
+    run(x, y)
+    assert len(calls) == 5
 
 
 def test_what_cannot_be_prepared_is_called_in_full_each_time(fake: _launch.Launcher) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nbkit.kernels._launch import Prepared
+from nbkit.kernels._launch import Prepared, Stand
 from nbkit.kernels.lora_gradients import prepared_products
 from nbkit.models.layer import ops
 from nbkit.models.layer.parts import Parts
@@ -105,6 +105,7 @@ class Room:
         self.kind, self.spans = (batch, tokens, turned), layout.spans
         self.layout = layout
         self.slabs: Slabs | None = None
+        self.stand = Stand()
         self.hidden = border(n, f, r_down, layout)
         self.g = Stream(self._empty(layout, n, d + max(r_o, r_down)), layout)
         self.dh = self._empty(layout, n, f)
@@ -123,17 +124,31 @@ class Room:
         """The kernels for this shape; LoRA's gradients in two launches, before the second norm's backward and after."""
         layout = self.layout
         r_down = layout.ranks[3]
-        norm = partial(_norm, layout.norms[0])
-        self.norm1, self.norm2 = Prepared(norm), Prepared(norm)
-        self.norm1_back, self.norm2_back = Prepared(_norm_back), Prepared(_norm_back)
-        self.rope = Prepared(ops.rope_rotate_)
+        norm, made = partial(_norm, layout.norms[0]), partial(Prepared, stand=self.stand)
+        self.norm1, self.norm2 = made(norm), made(norm)
+        self.norm1_back, self.norm2_back = made(_norm_back), made(_norm_back)
+        self.rope = made(ops.rope_rotate_)
         qkv, o, gate_up, down = layout.spans
         self.fused = len(down) < 2 and len({s.start for s in gate_up}) == len(gate_up)
-        self.swiglu = Prepared(ops.swiglu_lora_forward, own=True) if r_down else Prepared(ops.swiglu_forward)
-        self.swiglu_back = Prepared(_fused_back(layout), own=True) if self.fused else Prepared(_swiglu_back)
-        self.pack = Prepared(ops.rotate_pack, strides_of=(0, 1, 2))
-        self.of_mlp = _products([] if self.fused else down, down, gate_up, [] if self.fused else gate_up)
-        self.of_attention = _products(o, o, qkv, qkv)
+        self.swiglu = made(ops.swiglu_lora_forward, own=True) if r_down else made(ops.swiglu_forward)
+        self.swiglu_back = made(_fused_back(layout), own=True) if self.fused else made(_swiglu_back)
+        self.pack = made(ops.rotate_pack, strides_of=(0, 1, 2))
+        self.of_mlp = self._products([] if self.fused else down, down, gate_up, [] if self.fused else gate_up)
+        self.of_attention = self._products(o, o, qkv, qkv)
+
+    def _products(self, *groups: Sequence[Span]) -> Prepared:
+        """dA and dB of one group and then of another, each empty where it is not wanted: dA of all terms, then dB of each."""
+        turned: list[bool] = []
+        scales: list[float] = []
+        for da, db in (groups[:2], groups[2:]):
+            turned += [False] * bool(da) + [True] * len(db)
+            scales += [1.0] * bool(da) + [s.scale for s in db]
+        return prepared_products(turned, scales, stand=self.stand)
+
+    def begin(self) -> None:
+        """Call before the launches of a forward or backward: where they go is found out once."""
+        if self.norm1.found is not None:  # where kernels run at all
+            self.stand.look()
 
     def lend(self, layers: int) -> Slabs:
         """Slabs for a node: those of the last step of this shape, once its backward is through; else new ones."""
@@ -172,16 +187,6 @@ def _fused_back(layout: Layout) -> Callable[..., Any]:
         ops.swiglu_lora_backward(dh, g, u, dy, xa, dgate, dup, gate_rank=rank, scales=scales, **gets)
 
     return back
-
-
-def _products(*groups: Sequence[Span]) -> Prepared:
-    """dA and dB of one group and then of another, each empty where it is not wanted: dA of all terms at once, then dB of each."""
-    turned: list[bool] = []
-    scales: list[float] = []
-    for da, db in (groups[:2], groups[2:]):
-        turned += [False] * bool(da) + [True] * len(db)
-        scales += [1.0] * bool(da) + [s.scale for s in db]
-    return prepared_products(turned, scales)
 
 
 class Slabs:

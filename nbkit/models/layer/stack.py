@@ -44,6 +44,7 @@ def forward(call: Stack, x: Tensor, cos: Tensor, sin: Tensor, kept: Slabs) -> tu
     room, n, mm = call.room, call.batch * call.tokens, torch.mm
     h1, h2, hidden, attended = kept.h_qkv, kept.h_gate_up, room.hidden, []
     y = torch.empty_like(x)
+    room.begin()
     for i, p in enumerate(call.parts):
         w_qkv, w_o, w_gate_up, w_down = p.qkv.views(), p.o.views(), p.gate_up.views(), p.down.views()
         norm1, norm2 = p.weights
@@ -97,6 +98,7 @@ def backward(
     sums = Sums(call.layout, call.parts[0].groups, len(call.parts))
     dx = torch.empty_like(x) if need_dx else None
     heads = (call.batch, call.tokens, *call.layout.dims[2::2])
+    room.begin()
     for i in reversed(range(len(call.parts))):
         p = call.parts[i]
         w_down, w_gate_up, w_o, w_qkv = p.down.views(), p.gate_up.views(), p.o.views(), p.qkv.views()

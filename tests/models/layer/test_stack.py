@@ -311,7 +311,7 @@ def test_prepared_launches_are_those_that_the_functions_would_make(monkeypatch):
 
     def make(self, key, grid, args, constants):
         fixed = self.jit.arg_names[len(args) :]
-        self.made[key] = (lambda *_: None, key, (), tuple(constants[n] for n in fixed))
+        self.made[key] = _launch.Found(lambda *_: None, key, tuple(constants[n] for n in fixed))
 
     monkeypatch.setattr(_launch.Launcher, "_make", make)
     real, checked = _launch.Prepared.__call__, []
@@ -326,13 +326,16 @@ def test_prepared_launches_are_those_that_the_functions_would_make(monkeypatch):
             del _launch._SEEN[get_ident()]
         real(self, *tensors)
         for (found, grid, args, _), ready in zip(seen, self.found, strict=True):
+            last = len(ready.held) - len(found.fixed)
             ours = [
-                (a.data_ptr() if isinstance(a, torch.Tensor) else a, b)
-                for k, (a, b) in enumerate(zip(args, ready.passed, strict=True))
+                (a.data_ptr() if isinstance(a, torch.Tensor) else a, ready.held[k])
+                for k, a in enumerate(args, last - len(args))
                 if not any(a is one for one in ready.kept)
                 and (not isinstance(a, torch.Tensor) or a.numel() and k in {place for place, _, _ in ready.slots})
             ]
-            assert found is ready.found and (*grid, 1, 1)[:3] == ready.grid and all(a == b for a, b in ours)
+            assert found.launch is ready.launch and [*grid, 1, 1][:3] == ready.arguments[:3] and all(a == b for a, b in ours)
+            assert (*ready.arguments[4:], *ready.held)[: len(found.before)] == found.before and len(ours) > 3
+            assert (*ready.held[last:],) == found.fixed
             checked.append(self)
         return None
 
