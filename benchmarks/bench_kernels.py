@@ -227,11 +227,11 @@ def launches() -> list[dict[str, Any]]:
     x = [torch.randn(16, 256, device=DEVICE, dtype=torch.float16) for _ in range(6)]
     rstd = torch.empty(16, device=DEVICE)
     many = (*x, *(t.stride(0) for t in x), 256)
-    few = (x[0], x[1], x[2], rstd, 256, 256, 1e-6)
+    few = (x[0], x[1], x[2], rstd, x[2], 256, 256, 256, 1e-6)
     kernels = [
         ("swiglu backward, 13 arguments", swiglu._swiglu_backward_kernel, (16, 1), many, {"REBUILD": True, "BLOCK": 256}),
-        ("rms_norm forward, 7 arguments", rms_norm._rms_norm_forward_kernel, (16,), few,
-         {"OFFSET": 0.0, "CAST_LAST": False, "D": 256, "BLOCK": 256}),
+        ("rms_norm forward, 9 arguments", rms_norm._rms_norm_forward_kernel, (16,), few,
+         {"OFFSET": 0.0, "CAST_LAST": False, "COPIES": False, "D": 256, "BLOCK": 256}),
     ]  # fmt: skip
     found = []
     for name, kernel, grid, args, constants in kernels:

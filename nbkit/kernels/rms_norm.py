@@ -41,13 +41,17 @@ def reference(
 
 @kernel
 def _rms_norm_forward_kernel(
-    X, W, Y, RSTD, stride_x, stride_y, eps, OFFSET: tl.constexpr, CAST_LAST: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
+    X, W, Y, RSTD, COPY, stride_x, stride_y, stride_copy, eps,
+    OFFSET: tl.constexpr, CAST_LAST: tl.constexpr, COPIES: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One row a program."""
+    """One row a program. COPIES: COPY gets x."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     inside = col < D
-    x = tl.load(X + row * stride_x + col, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(X + row * stride_x + col, mask=inside, other=0.0)
+    if COPIES:
+        tl.store(COPY + row * stride_copy + col, x, mask=inside)
+    x = x.to(tl.float32)
     weight = tl.load(W + col, mask=inside, other=0.0).to(tl.float32) + OFFSET
     rstd = tl.rsqrt(tl.sum(x * x, axis=0) / D + eps)
     xhat = x * rstd
@@ -103,15 +107,25 @@ def rms_norm_forward(
     cast: str = BEFORE_WEIGHT,
     out: torch.Tensor | None = None,
     rstd: torch.Tensor | None = None,
+    copy: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, rstd) of x (N, D) with any row stride, into `out` (N, D, any row stride) and `rstd` (N,) float32 if given."""
+    """(y, rstd) of x (N, D) with any row stride, into `out` (N, D, any row stride) and `rstd` (N,) float32 if given.
+
+    `copy` (N, D, any row stride, x's dtype) gets x as it is: the sum that a product is added to, without a launch for it.
+    """
     check_rows("x", x)
+    if copy is not None:
+        check_rows("copy", copy)
+        if copy.shape != x.shape or copy.dtype != x.dtype:
+            raise ValueError(f"copy is {tuple(copy.shape)} {copy.dtype}; it must be as x, {tuple(x.shape)} {x.dtype}.")
     if out is None:
         dtype = x.dtype if cast == LAST else torch.promote_types(x.dtype, weight.dtype)
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
     check_rows("out", out)
     n, d = x.shape
     if not use_triton(x, weight, out):
+        if copy is not None:
+            copy.copy_(x)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         root = torch.rsqrt(wide.pow(2).mean(-1) + eps)
         xhat = wide * root[:, None]
@@ -121,11 +135,11 @@ def rms_norm_forward(
         return out, root if rstd is None else rstd.copy_(root)
     if rstd is None:
         rstd = torch.empty(n, dtype=torch.float32, device=x.device)
-    block = power_of_two(d)
+    block, copies = power_of_two(d), out if copy is None else copy  # where x is not copied, it is not written
     with on_device(x):
         _rms_norm_forward_kernel[(n,)](
-            x, weight, out, rstd, x.stride(0), out.stride(0), eps,
-            OFFSET=float(offset), CAST_LAST=cast == LAST, D=d, BLOCK=block, num_warps=warps(block)
+            x, weight, out, rstd, copies, x.stride(0), out.stride(0), copies.stride(0), eps,
+            OFFSET=float(offset), CAST_LAST=cast == LAST, COPIES=copy is not None, D=d, BLOCK=block, num_warps=warps(block)
         )  # fmt: skip
     return out, rstd
 

@@ -53,6 +53,11 @@ def test_rms_norm_forward_writes_into_a_border(dtype: torch.dtype) -> None:
     assert y is out and kept is rstd and untouched(buffer, 40)
     close("y", y, rms.reference(x.double(), weight.double(), 1e-5))
     close("rstd", rstd, (x.double().square().mean(-1) + 1e-5).rsqrt())
+    again, copy = bordered(6, 40, dtype, 3)
+    torch.testing.assert_close(rms.rms_norm_forward(x, weight, 1e-5, copy=copy)[0], y, rtol=0, atol=0)
+    assert torch.equal(copy, x) and untouched(again, 40)
+    with pytest.raises(ValueError, match="copy is"):
+        rms.rms_norm_forward(x, weight, 1e-5, copy=copy[1:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -163,8 +163,8 @@ class Room:
         return torch.empty(rows, columns, dtype=layout.dtype, device=layout.device)
 
 
-def _norm(eps: float, x: Tensor, weight: Tensor, out: Tensor, rstd: Tensor) -> None:
-    ops.rms_norm_forward(x, weight, eps, out=out, rstd=rstd)
+def _norm(eps: float, x: Tensor, weight: Tensor, out: Tensor, rstd: Tensor, copy: Tensor) -> None:
+    ops.rms_norm_forward(x, weight, eps, out=out, rstd=rstd, copy=copy)
 
 
 def _norm_back(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, add_to: Tensor, out: Tensor) -> None:

@@ -40,7 +40,10 @@ class Stack:
 
 
 def forward(call: Stack, x: Tensor, cos: Tensor, sin: Tensor, kept: Slabs) -> tuple[Tensor, list[tuple[Any, ...]]]:
-    """y (N, D), and of each layer's attention: out (N, H K), its tensors, its numbers. x (N, D) contiguous; `kept` is filled."""
+    """y (N, D), and of each layer's attention: out (N, H K), its tensors, its numbers. x (N, D) contiguous; `kept` is filled.
+
+    The norms copy the residual stream to where the next product is added to it: on a GPU `addmm` would need a launch for that.
+    """
     room, n, mm = call.room, call.batch * call.tokens, torch.mm
     h1, h2, hidden, attended = kept.h_qkv, kept.h_gate_up, room.hidden, []
     y = torch.empty_like(x)
@@ -49,25 +52,26 @@ def forward(call: Stack, x: Tensor, cos: Tensor, sin: Tensor, kept: Slabs) -> tu
         w_qkv, w_o, w_gate_up, w_down = p.qkv.views(), p.o.views(), p.gate_up.views(), p.down.views()
         norm1, norm2 = p.weights
         mid, xa_o = kept.mid[i], kept.xa_o[i]
-        room.norm1(x, norm1, h1.x[i], kept.rstd1[i])
+        room.norm1(x, norm1, h1.x[i], kept.rstd1[i], mid)
         _project(h1.all[i], h1.x[i], h1.xa[i], w_qkv, p.qkv.bias, kept.qkv[i])
         room.rope(kept.turned[i], cos, sin)
         out, state, numbers = attention.forward(call.hows[i], kept.q[i], kept.k[i], kept.v[i], None)
         out = out.transpose(1, 2).reshape(n, -1)
         attended.append((out, state, numbers))
-        torch.addmm(x, out, w_o.base_t, out=mid)
+        mid.addmm_(out, w_o.base_t)
         if w_o.a_t is not None:
             mm(out, w_o.a_t, out=xa_o)
             mid.addmm_(xa_o, w_o.b_t)
         if p.o.bias is not None:
             mid.add_(p.o.bias)
-        room.norm2(mid, norm2, h2.x[i], kept.rstd2[i])
+        x = y if i == len(call.parts) - 1 else kept.y[i]
+        room.norm2(mid, norm2, h2.x[i], kept.rstd2[i], x)
         _project(h2.all[i], h2.x[i], h2.xa[i], w_gate_up, p.gate_up.bias, kept.gate_up[i])
         if w_down.a is None:
             room.swiglu(kept.gate[i], kept.up[i], hidden.x)
         else:
             room.swiglu(kept.gate[i], kept.up[i], w_down.a, hidden.x, hidden.xa, kept.xa_down[i])
-        x = torch.addmm(mid, hidden.all, w_down.whole_t, out=y if i == len(call.parts) - 1 else kept.y[i])
+        x.addmm_(hidden.all, w_down.whole_t)
         if p.down.bias is not None:
             x.add_(p.down.bias)
     return y, attended
