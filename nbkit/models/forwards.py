@@ -144,6 +144,11 @@ def _causal_lm(
 ) -> Any:
     """With labels: the loss of the labelled rows alone, and logits only if somebody reads them. Without: the stock forward."""
     family: Family | None = vars(self).get(MARK)
+    if family is not None and torch._C._are_functorch_transforms_active():
+        raise ModelError(
+            "nbkit's kernels cannot be traced by torch.func (grad, vmap, jvp and the like); call nbkit.unpatch(model) first, or "
+            "take gradients by loss.backward() or torch.autograd.grad."
+        )
     inputs = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,

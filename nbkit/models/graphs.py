@@ -23,9 +23,9 @@ from nbkit.config import IGNORE_INDEX
 from nbkit.families import Family
 from nbkit.kernels.linear_cross_entropy import linear_cross_entropy
 from nbkit.models.capture import capture, forget, give_back, reason_of
-from nbkit.models.head import shaping
+from nbkit.models.head import head_of, plain_head, shaping
 from nbkit.models.layer import Binding
-from nbkit.models.layer.adapters import plain_tensors
+from nbkit.models.layer.adapters import foreign, hooks_made, own_forward, plain_tensors
 from nbkit.models.layer.arena import Arena
 from nbkit.models.layer.bind import autocast_differs
 from nbkit.models.planner import free_bytes
@@ -53,6 +53,8 @@ class Graphs:
     recorded: dict[tuple, Recorded] = field(default_factory=dict)
     outside: list[Tensor] = field(default_factory=list)  # the parameters that are in no decoder layer
     clock: int = 0
+    hooks: int = -1  # how many there were anywhere when they were last looked through
+    odd: str = ""  # what replays would not call, as it was found then
     version: int = -1  # the binding's, as the graphs know it
     only_lora: bool = False  # whether nothing but LoRA is trained
     weights: int = 0  # of all decoder linears
@@ -146,10 +148,30 @@ class Graphs:
             self.failed: bool(self.failed),
             "not every layer takes the fused path": parts is None or bool(self.binding.reasons),
             "autocast asks for another dtype": parts is not None and autocast_differs("cuda", parts.dtype),
+            self.passed_over(): self.odd != "",
             "more is trained than LoRA": not self.only_lora or any(p.requires_grad for p in self.outside),
             "the GPU, not its launches, sets the pace": rows * self.weights > LAUNCH_BOUND,
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
+
+    def passed_over(self) -> str:
+        """What replays would not call: a forward or hook of another library on what lies around the layers. "" if there is none.
+
+        What lies in the layers is for them to see.
+        """
+        decoder, head = self.binding.decoder, head_of(self.model, self.family)
+        quiet = self.hooks == hooks_made() and not self.odd
+        if quiet and not own_forward(decoder) and plain_head(head) is None:
+            return ""
+        self.hooks = hooks_made()
+        layers = [(f"layer {one.parts.index}", one.parts.layer) for one in self.binding.bound]
+        around = [(name, module) for name, module in decoder.named_children() if not isinstance(module, nn.ModuleList)]
+        self.odd = foreign([(type(decoder).__name__, decoder), *around, *layers], "a replay") or ""
+        if plain_head(head) is not None:
+            self.odd = f"{self.family.head.module}: {plain_head(head)}"
+        elif own_forward(decoder) and not self.odd:
+            self.odd = f"{type(decoder).__name__} has a forward of its own"
+        return self.odd
 
     def records(self, rows: int) -> bool:
         """For the planner: whether steps of so many tokens are recorded, if there is memory for it."""

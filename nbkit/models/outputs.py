@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -27,6 +27,13 @@ class LossOutput(CausalLMOutputWithPast):
         """Say how logits are made, and whether they count as an item."""
         setattr(self.loss, _MAKE, make)
         setattr(self.loss, _LISTED, listed)
+
+    def __reduce__(self) -> Any:
+        """A copy or a pickle is transformers' own output, with the logits made and no way to them on the loss."""
+        given = {field.name: getattr(self, field.name) for field in fields(CausalLMOutputWithPast)}
+        if self.loss is not None:
+            given["loss"] = self.loss.view_as(self.loss)
+        return CausalLMOutputWithPast, tuple(given.values())
 
     @property
     def logits(self) -> torch.Tensor | None:  # type: ignore[override]

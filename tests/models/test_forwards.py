@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -116,3 +118,33 @@ def test_logits_by_any_key(training: bool) -> None:
     assert_like_stock("loss", outputs[0], wanted[0])
     with pytest.raises(KeyError):
         outputs["attentions"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_outputs_are_copied_and_pickled_as_transformers_own(training: bool) -> None:
+    stock, model = lora("llama").train(training), patched(lora("llama"), "layers").train(training)
+    wanted, outputs = stock(**batch(), use_cache=False), model(**batch(), use_cache=False)
+    for one in (copy.copy(outputs), pickle.loads(pickle.dumps(outputs))):
+        assert type(one) is type(wanted) and one.loss.requires_grad
+        assert_like_stock("loss", one.loss, wanted.loss)
+        assert_like_stock("logits", one.logits, wanted.logits)
+    copy.copy(outputs).loss.backward()
+    wanted.loss.backward()
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), stock.named_parameters(), strict=True):
+        if theirs.grad is not None:
+            assert_like_stock(name, ours.grad, theirs.grad)
+
+
+# -- torch.func ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_transforms_of_functions_are_refused_in_a_sentence(way: str) -> None:
+    model = patched(lora("llama"), way)
+    lent = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
+    inputs = batch()
+    with pytest.raises(ModelError, match=r"torch.func.*nbkit.unpatch\(model\)"):
+        torch.func.grad(lambda given: torch.func.functional_call(model, given, (), inputs).loss)(lent)
+    with pytest.raises(ModelError, match=r"torch.func.*nbkit.unpatch\(model\)"):
+        torch.func.vmap(lambda ids: model(input_ids=ids[None]).logits)(inputs["input_ids"])
+    model(**inputs).loss.backward()  # and nothing is left of it

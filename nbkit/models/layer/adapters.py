@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 OURS: set[Callable[..., Any]] = set()  # the forwards that nbkit itself binds to parts of a layer: the fused steps stand for them
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_EVERYWHERE: list[dict[int, Any]] = [getattr(torch.nn.modules.module, f"_global{kind}") for kind in _HOOKS]
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_EVERYWHERE: list[dict[int, Any]] = [getattr(torch.nn.modules.module, f"_global{kind}") for kind in HOOKS]
 _KNOWN = ("torch", "transformers", "peft", "bitsandbytes")  # whose forwards the fused steps stand for
 # transformers leaves hooks on attention for `output_attentions`; they do nothing where it is not asked for.
-_IDLE_HOOKS = "transformers.utils.output_capturing"
+# Those that make embeddings ask for a gradient are for reentrant checkpointing, and those of bind.py are nbkit's own.
+_IDLE_HOOKS = ("transformers.utils.output_capturing", "nbkit.models.layer.bind")
+_ASK_FOR_GRADIENTS = "make_inputs_require_grad"
 
 
 def plain_tensors() -> AbstractContextManager[Any]:
@@ -79,21 +81,31 @@ def of_others(module: nn.Module, *known: str) -> bool:
     return type(module).forward.__module__.partition(".")[0] not in known
 
 
-def foreign(modules: Iterable[tuple[str, nn.Module]]) -> str | None:
-    """The first module that would not do what its class does, and why: a fused step would pass over it. None if there is none."""
+def _idle(hook: Any) -> bool:
+    """Whether a hook changes nothing in a fused step, nor learns anything of it."""
+    return getattr(hook, "__module__", "") in _IDLE_HOOKS or getattr(hook, "__name__", "").startswith(_ASK_FOR_GRADIENTS)
+
+
+def own_forward(module: nn.Module) -> bool:
+    """Whether a module of transformers runs another forward than theirs."""
+    return "forward" in vars(module) or of_others(module, "transformers")
+
+
+def foreign(modules: Iterable[tuple[str, nn.Module]], who: str = "a fused layer") -> str | None:
+    """The first module that would not do what its class does, and why: `who` would pass over it. None if there is none."""
     if any(_EVERYWHERE):
-        return "all modules are hooked (register_module_forward_hook and the like), and a fused layer calls none"
+        return f"all modules are hooked (register_module_forward_hook and the like), and {who} calls none"
     for name, module in modules:
         if of_others(module, *_KNOWN):
-            return f"{name} is a {kind_of(module)}, whose own forward a fused layer does not call"
+            return f"{name} is a {kind_of(module)}, whose own forward {who} does not call"
         bound = vars(module).get("forward")
         if bound is not None:
             function = getattr(bound, "__func__", bound)
             if function is not type(module).forward and function not in OURS:
                 return f"another library has bound a forward of its own to {name}"
-        for kind in _HOOKS:
-            if any(getattr(hook, "__module__", "") != _IDLE_HOOKS for hook in vars(module)[kind].values()):
-                return f"{name} is hooked, and a fused layer does not call it"
+        for kind in HOOKS:
+            if not all(map(_idle, vars(module)[kind].values())):
+                return f"{name} is hooked, and {who} does not call it"
     return None
 
 
@@ -138,7 +150,7 @@ class Watch:
                         self.see(half[adapter]._parameters, "weight")
 
     def _see_hooks(self, *modules: nn.Module) -> None:
-        self.hooked += [(hooks := vars(module)[kind], len(hooks)) for module in modules for kind in _HOOKS]
+        self.hooked += [(hooks := vars(module)[kind], len(hooks)) for module in modules for kind in HOOKS]
 
     def see_hooks_of_all(self) -> None:
         """Watch the hooks that torch calls for every module there is."""

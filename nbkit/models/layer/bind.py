@@ -32,6 +32,7 @@ from nbkit.models.layer.weights import Scratch
 from nbkit.models.unshared import Unshared
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
+PACK = "_nbkit_documents"  # attribute of what stands for the mask: the documents of a pack, or None
 LAST = "_nbkit_last_norm"  # instance attribute of the norm after the layers: their Binding
 
 
@@ -206,6 +207,17 @@ class Binding(Unshared):
         if plain or self.documents is not None:
             # A mask of four axes is handed to the layers as it is, so the stock decoder builds none.
             kwargs["attention_mask"] = self.causal = torch.empty(1, 1, 1, 1, device=self.bound[0].parts.qkv.device)
+            setattr(self.causal, PACK, self.documents)  # for a layer that runs again in the backward
+
+    def again(self, mask: Tensor | None) -> bool:
+        """Before a layer that runs again in a backward, as under checkpoints around single layers.
+
+        Returns: whether `mask` stands for the causal one.
+        """
+        self.refresh()
+        causal = hasattr(mask, PACK)
+        self.documents = getattr(mask, PACK, None)
+        return causal
 
     def rest(self) -> None:
         """Between steps: whoever evaluates or generates may want the memory, and finds all weights on their device."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from nbkit.models.layer.adapters import Unfit
+from nbkit.models.layer.adapters import OURS, Unfit
 from nbkit.models.layer.forward import Call
 from nbkit.models.layer.function import LayerFunction
 from nbkit.models.layer.inputs import mask_of
@@ -90,6 +90,12 @@ def _switch(layer: Any, on: bool) -> None:
         layer.gradient_checkpointing = on
 
 
+def fits(hidden: Tensor, mask: Tensor | None, turned: Any, parts: Parts) -> bool:
+    """Whether a fused layer can take what its decoder hands it."""
+    plain = mask is None or isinstance(mask, Tensor) and mask.dim() == 4
+    return hidden.dtype == parts.dtype and turned is not None and plain
+
+
 def forward(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
     """The decoder layer's forward: fused where it can be, else the layer's own with the same arguments."""
     bound: BoundLayer | None = vars(self).get(MARK)
@@ -99,16 +105,20 @@ def forward(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | Non
     if hidden_states is binding.stacks.ahead:
         return hidden_states
     causal = attention_mask is not None and attention_mask is binding.causal
+    grad = torch.is_grad_enabled()
+    alone = grad and binding.stepping is None
+    if alone:  # the decoder has not called it
+        if torch._C._current_graph_task_id() < 0:  # by hand: nobody has brought adapters up to date, or said what the mask means
+            return bound.stock(hidden_states, attention_mask=attention_mask, **kwargs)
+        causal = binding.again(attention_mask)
     mask = None if causal else attention_mask
     turned = kwargs.get("position_embeddings")
-    if parts.index in binding.reasons or binding.stands_aside or not torch.is_grad_enabled():
-        return bound.stock(hidden_states, attention_mask=mask, **kwargs)
-    if hidden_states.dtype != parts.dtype or turned is None or not (mask is None or isinstance(mask, Tensor) and mask.dim() == 4):
+    if parts.index in binding.reasons or binding.stands_aside or not grad or not fits(hidden_states, mask, turned, parts):
         if causal:  # taken from the stock layers by `before`
             mask = mask_of(binding.documents, parts.window, hidden_states)
         return bound.stock(hidden_states, attention_mask=mask, **kwargs)
     cos, sin = turned
-    if causal and (call := binding.stacks.call(bound, hidden_states, cos, sin)) is not None:
+    if causal and not alone and (call := binding.stacks.call(bound, hidden_states, cos, sin)) is not None:
         return binding.stacks.run(call, hidden_states, cos, sin)
     b, t, _ = hidden_states.shape
     how = attend(binding, parts, hidden_states, mask, binding.documents if causal else None)
@@ -116,3 +126,6 @@ def forward(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | Non
     parcel = binding.memory_of_host().parcel() if keep.offload else None
     call = Call(parts, keep, how, b, t, [], parcel, binding.arena)
     return LayerFunction.apply(hidden_states, cos, sin, mask, call, binding.rows, *bound.params)
+
+
+OURS.add(forward)

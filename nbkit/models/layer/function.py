@@ -62,7 +62,7 @@ class LayerFunction(torch.autograd.Function):
         held = None if call.parcel is not None else x
         ctx.save_for_backward(held, cos, sin, mask, *params, *kept.attention, *(getattr(kept, name) for name in _SINGLE))
         ctx.counts = (len(params), len(kept.attention))
-        return y.view_as(x)
+        return y.resize_(x.shape)  # no view to autograd: hooks may write to it, as to the stock layer's
 
     @staticmethod
     @first_order
@@ -81,6 +81,8 @@ class LayerFunction(torch.autograd.Function):
         width = p.d + max(p.o.rank, p.down.rank)
         with torch.autocast(x.device.type, enabled=False):
             g = ctx.gradient_rows.receive(dy, call.rows, width)
+            if call.keep.in_place and (p.layer._backward_hooks or p.layer._backward_pre_hooks):
+                g = g.clone()  # hooks are shown dy after this
             g, grads = backward.run(call, g, as_rows(x), cos, sin, mask, kept, need_dx)
             dx = ctx.gradient_rows.hand(g, call.batch, p.d) if g is not None and need_dx else None
         wanted = ctx.needs_input_grad[6:]
@@ -98,7 +100,7 @@ class FinalNorm(torch.autograd.Function):
         ops.rms_norm_forward(flat, weight, eps, out=y, rstd=rstd)
         ctx.save_for_backward(x, weight, rstd)
         ctx.gradient_rows, ctx.width = rows, width
-        return y.view(x.shape)
+        return y.resize_(x.shape)
 
     @staticmethod
     @first_order

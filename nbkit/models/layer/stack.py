@@ -19,6 +19,7 @@ from torch import Tensor
 from nbkit.kernels._autograd import first_order
 from nbkit.kernels._launch import as_rows, on_device
 from nbkit.models import attention
+from nbkit.models.layer.adapters import own_forward
 from nbkit.models.layer.function import GradientRows
 from nbkit.models.layer.parts import Parts
 from nbkit.models.layer.room import Layout, Room, Slabs, Stream, Sums, layout_of
@@ -175,7 +176,7 @@ class StackFunction(torch.autograd.Function):
         # Parameters are not read again, their copies in the borders are: so of them it is the versions that count.
         ctx.params, ctx.versions, ctx.count = params, versions_of(params), len(kept.tensors)
         ctx.save_for_backward(x, cos, sin, *kept.tensors, *states)
-        return y.view(x.shape)
+        return y.resize_(x.shape)  # no view to autograd: whoever gets it may write to it, as to the stock layers'
 
     @staticmethod
     @first_order
@@ -267,6 +268,8 @@ class Stacks:
             return False
         if len(binding.bound) != binding.decoder.config.num_hidden_layers:
             return False
+        if own_forward(binding.decoder):
+            return False  # which may leave layers out
         for one in binding.bound:
             keep = binding.keep_of(one.parts.index)
             if keep.level or keep.tile or self._watched(one.parts.layer):

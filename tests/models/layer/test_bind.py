@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -279,3 +280,66 @@ def test_a_model_that_is_unpatched_between_forward_and_backward_says_so() -> Non
     binding.release()
     with pytest.raises(ModelError, match="was unpatched between this step's forward and its backward; run the forward again"):
         loss.backward()
+
+
+# -- layers that the decoder does not call -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_called_by_hand_follow_the_adapters(family: str, attention: str) -> None:
+    """As early exits, tools that look at single layers, and decoders of one's own do; without a mask each implementation has
+    its own way."""
+    model = lora(family, attn_implementation=attention)
+
+    def by_hand() -> Any:
+        hidden = decoder(model).embed_tokens(batch()["input_ids"])
+        turned = decoder(model).rotary_emb(hidden, torch.arange(19)[None])
+        for layer in decoder(model).layers:
+            hidden = layer(hidden, attention_mask=None, position_embeddings=turned)
+        loss = (hidden * torch.linspace(-1, 1, 32)).square().mean()
+        loss.backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        return loss.item(), grads
+
+    fill(model, 1)
+    truth = by_hand()
+    fill(model, 0)
+    binding = bound(model)
+    step(model, **batch())
+    fill(model, 1)
+    loss, grads = by_hand()
+    assert loss == pytest.approx(truth[0], rel=1e-6) and worst(grads, truth[1])[0] < 1e-5
+    binding.release()
+
+
+def packed() -> dict[str, torch.Tensor]:
+    places = torch.cat([torch.arange(7), torch.arange(12)])[None]
+    return {**batch(rows=1), "position_ids": places}
+
+
+@pytest.mark.parametrize("inputs", [batch(), batch(padded=True), packed()], ids=["plain", "padded", "packed"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_around_single_layers(reentrant: bool, inputs: dict[str, torch.Tensor]) -> None:
+    """They run again in the backward, where no forward of the decoder has begun."""
+    from torch.utils.checkpoint import checkpoint
+
+    model = lora("llama")
+    truth = step(model, **inputs, use_cache=False)
+    binding = bound(model)
+    if reentrant:
+        model.enable_input_require_grads()
+
+    def around(theirs: Any) -> Any:
+        return lambda hidden, **kwargs: checkpoint(partial(theirs, **kwargs), hidden, use_reentrant=reentrant)
+
+    for layer in decoder(model).layers:
+        layer.forward = around(layer.forward)
+    for _ in range(2):
+        loss, grads = step(model, **inputs, use_cache=False)
+        assert loss == pytest.approx(truth[0], rel=1e-6) and worst(grads, truth[1])[0] < 1e-5
+    assert binding.how and not binding.reasons and not binding.asides
+    for layer in decoder(model).layers:
+        del layer.forward
+    binding.release()

@@ -10,7 +10,8 @@ from torch.utils import checkpoint
 
 from nbkit.errors import ModelError
 from nbkit.models.layer import Keep
-from tests.models.layer.rig import batch, lora, step
+from tests.closeness import assert_like_stock
+from tests.models.layer.rig import batch, lora, step, worst
 from tests.models.layer.test_layer import bound
 
 KEEPS = [None, Keep(0), Keep(1, 16), Keep(2), Keep(3, 7, True, 1), Keep(4), Keep(4, 5, False, 2)]
@@ -65,4 +66,44 @@ def test_a_gradient_of_a_gradient_is_refused() -> None:
         with pytest.raises(ModelError, match="Gradients of gradients"):
             torch.autograd.grad(loss(), [weight], create_graph=True)
     assert weight.grad is None
+    binding.release()
+
+
+@pytest.mark.parametrize("keep", [None, *KEEPS[1:3], Keep(4, 7, True, 1)], ids=str)
+def test_hooks_may_write_to_what_a_layer_gives(keep: Keep | None) -> None:
+    """As those that steer a model do."""
+    model = lora("llama")
+
+    def steer(module: Any, args: Any, out: torch.Tensor) -> None:
+        out[:, -3:] += 0.3
+        out.mul_(1.1)
+
+    base = model.get_base_model().model
+    for module in (*base.layers, base.norm):
+        module.register_forward_hook(steer)
+    truth = step(model, **batch(), use_cache=False)
+    binding = bound(model)
+    binding.keep = keep
+    loss, grads = step(model, **batch(), use_cache=False)
+    assert binding.how and not binding.reasons
+    assert loss == pytest.approx(truth[0], rel=1e-6) and worst(grads, truth[1])[0] < 1e-5
+    out = base(batch()["input_ids"], use_cache=False).last_hidden_state
+    out[:, 0] = 0.0
+    out.sum().backward()
+    binding.release()
+
+
+@pytest.mark.parametrize("keep", [None, Keep(0), Keep(4, 7, True, 1), Keep(4, 0, True, 2)], ids=str)
+def test_hooks_of_the_backward_see_the_gradients_of_stock(keep: Keep | None) -> None:
+    model, seen = lora("llama"), []
+    for layer in model.get_base_model().model.layers:
+        layer.register_full_backward_hook(lambda module, given, got: seen.append(got[0].clone()))
+    step(model, **batch(), use_cache=False)
+    truth, seen = seen, []
+    binding = bound(model)
+    binding.keep = keep
+    step(model, **batch(), use_cache=False)
+    assert len(seen) == len(truth) == 2
+    for ours, theirs in zip(seen, truth, strict=True):
+        assert_like_stock("gradient", ours, theirs)
     binding.release()
