@@ -10,7 +10,7 @@ asks the driver about every pointer. `Launcher` does that once for each kind of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from threading import get_ident
@@ -169,7 +169,9 @@ class Stand:
         """Call before a row of launches among which no other device, stream or profiler is set."""
         current_device, current_stream, hooks = _driver()
         device = current_device()
-        self.now = None if _hooked(hooks) else (device, current_stream(device))
+        now = None if _hooked(hooks) else (device, current_stream(device))
+        if now != self.now:  # while nothing changes it stays the same object
+            self.now = now
 
 
 class Prepared:
@@ -258,6 +260,69 @@ class Prepared:
             else:
                 return None
         return _Ready(found.launch, arguments, held, slots, kept)
+
+
+class Layered:
+    """A `Prepared` for tensors of all layers: addresses that can be reckoned are, and no tensor is asked for them.
+
+    Of the tensors that `prepared` takes, `columns` has the one of all layers, those layer by layer, which lie at equal distances,
+    or None: given at each call, in this order. As `prepared`, it is told of a stand, which is to have looked.
+    """
+
+    def __init__(self, prepared: Prepared, *columns: torch.Tensor | Sequence[torch.Tensor] | None) -> None:
+        self.prepared, self.stand, self.columns = prepared, prepared.stand, columns
+        self.free = [k for k, column in enumerate(columns) if column is None]
+        self.turns = [(self.free.index(k), which) for which, k in enumerate(prepared.strides_of)]
+        self.now: tuple[int, int] | None = None  # the stand's, as all below was made
+        self.launches: list[tuple[Callable[..., Any], list[Any]]] = []  # none: each call goes by `prepared`
+        # Addresses in the lists that launches are called with: (list, place, the first layer's, how far on the next is).
+        self.reckoned: list[tuple[list[Any], int, int, int]] = []
+        self.given: list[tuple[list[Any], int, int, int]] = []  # (list, place, which of those given, offset)
+
+    def __call__(self, layer: int, *given: torch.Tensor) -> None:
+        now, bits = self.stand.now, 0
+        if now is not self.now:
+            self._set_up(now)
+        for held, place, first, step in self.reckoned:
+            held[place] = first + layer * step
+        for held, place, which, offset in self.given:
+            held[place] = at = given[which].data_ptr() + offset
+            bits |= at
+        if not self.launches or bits & 15 or (self.turns and self._turned(given)):
+            self.prepared(*self.all_of(layer, given))
+            return
+        for launch, arguments in self.launches:
+            launch(*arguments)
+
+    def all_of(self, layer: int, given: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        """What `prepared` takes."""
+        rest = iter(given)
+        return [next(rest) if c is None else c if isinstance(c, torch.Tensor) else c[layer] for c in self.columns]
+
+    def _turned(self, given: tuple[torch.Tensor, ...]) -> bool:
+        """Whether strides are others than those that the launches were made for."""
+        return any(given[k].stride() != self.prepared.strides[which] for k, which in self.turns)
+
+    def _set_up(self, now: tuple[int, int] | None) -> None:
+        """Take over the launches of `prepared`, unless they are not known yet, or not for addresses as these."""
+        self.now, self.launches, self.reckoned, self.given, bits = None, [], [], [], 0
+        found = self.prepared.found
+        if now is None or found is None or self.prepared.device != now[0]:
+            return
+        for launch, arguments, held, slots, _ in found:
+            for place, k, offset in slots:
+                column = self.columns[k]
+                if column is None:
+                    self.given.append((held, place, self.free.index(k), offset))
+                    continue
+                at = [t.data_ptr() + offset for t in ([column] if isinstance(column, torch.Tensor) else column)]
+                step = at[1] - at[0] if len(at) > 1 else 0
+                assert all(address == at[0] + i * step for i, address in enumerate(at)), "layers lie at unequal distances"
+                self.reckoned.append((held, place, at[0], step))
+                bits |= at[0] | step
+            arguments[3] = now[1]
+            self.launches.append((launch, arguments))
+        self.now, self.launches = now, [] if bits & 15 else self.launches
 
 
 class _Work(TorchDispatchMode):

@@ -367,6 +367,57 @@ def test_a_caller_that_looks_once_is_followed(fake: _launch.Launcher, monkeypatc
     assert len(calls) == 5
 
 
+def test_addresses_of_layers_are_reckoned(fake: _launch.Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tensor of all layers, one a layer, one that is given; set up anew where launches go elsewhere, in full where odd."""
+    calls: list[int] = []
+
+    def fn(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> None:
+        calls.append(1)
+        fake[(3, 2)](y, z[4:], x.data_ptr(), 0.5, ADD=True, BLOCK=8, num_warps=4)
+
+    stand, x, slab, given = _launch.Stand(), torch.zeros(16), torch.zeros(4, 32), torch.zeros(64)
+    run = _launch.Layered(_launch.Prepared(fn, stand=stand), x, slab.unbind(0), None)
+    for layer in range(4):
+        run(layer, given)
+    assert len(calls) == 4
+    for stream in (77, 77, 78):
+        monkeypatch.setattr(_launch, "_driver", lambda stream=stream: (lambda: -1, lambda device: stream, fake.hooks))  # type: ignore[attr-defined]
+        stand.look()
+        for layer, z in ((0, given), (3, given[32:]), (1, given[16:])):
+            run(layer, z)
+            addresses = (slab[layer].data_ptr(), z[4:].data_ptr(), x.data_ptr())
+            assert fake.jit.calls[-1] == (
+                "lean",
+                3,
+                2,
+                1,
+                stream,
+                "function",
+                ("packed",),
+                None,
+                None,
+                None,
+                *addresses,
+                0.5,
+                True,
+                8,
+            )
+    assert len(calls) == 4 and run.launches
+    run(2, given[1:])
+    assert len(calls) == 5, "not aligned as when it was compiled"
+    fake.hooks.launch_enter_hook.calls.append(print)  # type: ignore[attr-defined]
+    stand.look()
+    run(2, given)
+    assert len(calls) == 6
+    fake.hooks.launch_enter_hook.calls.clear()  # type: ignore[attr-defined]
+    stand.look()
+    run(2, given)
+    assert len(calls) == 6 and fake.jit.calls[-1][10] == slab[2].data_ptr()
+    uneven = _launch.Layered(run.prepared, x, torch.zeros(4, 33)[:, :32].unbind(0), None)
+    uneven(1, given)
+    assert len(calls) == 7, "layers that are not aligned alike"
+
+
 def test_what_cannot_be_prepared_is_called_in_full_each_time(fake: _launch.Launcher) -> None:
     calls = []
 

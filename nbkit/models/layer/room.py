@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nbkit.kernels._launch import Prepared, Stand
+from nbkit.kernels._launch import Layered, Prepared, Stand
 from nbkit.kernels.lora_gradients import prepared_products
 from nbkit.models.layer import ops
 from nbkit.models.layer.parts import Parts
@@ -145,10 +145,37 @@ class Room:
             scales += [1.0] * bool(da) + [s.scale for s in db]
         return prepared_products(turned, scales, stand=self.stand)
 
-    def begin(self) -> None:
-        """Call before the launches of a forward or backward: where they go is found out once."""
+    def calls(self, kept: Slabs) -> Calls:
+        """The launches on these slabs, for one forward or backward: where they go is found out once."""
         if self.norm1.found is not None:  # where kernels run at all
             self.stand.look()
+        if kept.calls is None:
+            kept.calls = self._calls(kept)
+        return kept.calls
+
+    def _calls(self, kept: Slabs) -> Calls:
+        g, hidden, activated = self.g, self.hidden, (self.dgate, self.dup)
+        qkv, o, gate_up, down = self.spans
+        xa_qkv, xa_o, xa_gate_up, xa_down = kept.terms
+        of_hidden = (None, hidden.x, hidden.xa, kept.xa_down) if self.layout.ranks[3] else (hidden.x,)
+        ends = (None,) * (len(down) + len(gate_up))  # dA of down, dB of gate and up
+        back = (None, kept.h_gate_up.xa, *activated, *ends) if self.fused else activated
+        of_down = _triples(down, None if self.fused else (None, self.dh), xa_down, [None] * len(down))
+        of_gate_up = _triples(gate_up, (self.dgu.xa, kept.h_gate_up.x), xa_gate_up, [] if self.fused else self.dgu_parts)
+        of_o = _triples(o, (g.o_xa, None), xa_o, [g.x] * len(o))
+        of_qkv = _triples(qkv, (self.dqkv.xa, kept.h_qkv.x), xa_qkv, self.dqkv_parts)
+        return Calls(
+            norm1=Layered(self.norm1, None, None, kept.h_qkv.x, kept.rstd1, kept.mid),
+            rope=Layered(self.rope, kept.turned, None, None),
+            norm2=Layered(self.norm2, kept.mid, None, kept.h_gate_up.x, kept.rstd2, None),
+            swiglu=Layered(self.swiglu, kept.gate, kept.up, *of_hidden),
+            swiglu_back=Layered(self.swiglu_back, self.dh, kept.gate, kept.up, *back),
+            of_mlp=Layered(self.of_mlp, *of_down, *of_gate_up),
+            norm2_back=Layered(self.norm2_back, self.d_norm, kept.mid, None, kept.rstd2, g.x, g.x),
+            pack=Layered(self.pack, None, None, None, None, None, self.dqkv.all),
+            of_attention=Layered(self.of_attention, *of_o, *of_qkv),
+            norm1_back=Layered(self.norm1_back, self.d_norm, kept.y[:-1], None, kept.rstd1[1:], g.x, g.x),
+        )
 
     def lend(self, layers: int) -> Slabs:
         """Slabs for a node: those of the last step of this shape, once its backward is through; else new ones."""
@@ -161,6 +188,32 @@ class Room:
     @staticmethod
     def _empty(layout: Layout, rows: int, columns: int) -> Tensor:
         return torch.empty(rows, columns, dtype=layout.dtype, device=layout.device)
+
+
+class Calls(NamedTuple):
+    """The launches of a layer, each called with its number and the tensors that are not the room's or the slabs' own."""
+
+    norm1: Layered  # x, weight
+    rope: Layered  # cos, sin
+    norm2: Layered  # weight, what gets the copy
+    swiglu: Layered  # A of down, if it has LoRA
+    swiglu_back: Layered  # in one pass: dy (scale B) of down; where dA of down goes, dB of gate and of up
+    of_mlp: Layered  # `Sums.given_to_mlp`
+    norm2_back: Layered  # weight; for the gradient in the room
+    pack: Layered  # dq, dk, dv, cos, sin
+    of_attention: Layered  # `Sums.given_to_attention`
+    norm1_back: Layered  # weight; called with the number of the layer before
+
+
+def _triples(spans: Sequence[Span], of_a: Any, thin: Sequence[Any], wide: Sequence[Any]) -> list[Any]:
+    """What a launch takes for dA of all terms, unless there is none to make, and for dB of each that has a `wide`.
+
+    Thin, wide and where the product goes, each None where it is given at the call.
+    """
+    found = [*of_a, None] if spans and of_a is not None else []
+    for pair in zip(thin, wide, strict=False):
+        found += (*pair, None)
+    return found
 
 
 def _norm(eps: float, x: Tensor, weight: Tensor, out: Tensor, rstd: Tensor, copy: Tensor) -> None:
@@ -224,6 +277,7 @@ class Slabs:
             [slab.narrow(2, start + s.offset, s.rank).unbind(0) for s in spans]
             for (slab, start), spans in zip(borders, layout.spans, strict=True)
         ]
+        self.calls: Calls | None = None  # made when first asked for
         self.holders = stats._use_count()  # without a node of autograd that has saved it
 
     def lent(self) -> bool:
@@ -267,6 +321,22 @@ class Sums:
             self.of_down = da  # the last group's
             for pair in zip(da, self.db[-1], strict=True):
                 self.by_parameter += pair
+
+    def given_to_mlp(self, i: int, g: Stream, fused: bool) -> list[Tensor]:
+        """What the launch for layer i's MLP is called with; `fused` where the activation has made its part."""
+        found = []
+        if self.db[3] and not fused:
+            found += g.down_xa, self.da[3][i]
+        for db in self.db[3]:
+            found += g.x, db[i]
+        if self.db[2]:
+            found.append(self.da[2][i])
+        return found if fused else found + [db[i] for db in self.db[2]]
+
+    def given_to_attention(self, i: int, out: Tensor) -> list[Tensor]:
+        """The same for its attention, whose output is `out`."""
+        found = [out, self.da[1][i], *(db[i] for db in self.db[1])] if self.db[1] else []
+        return [*found, self.da[0][i], *(db[i] for db in self.db[0])] if self.db[0] else found
 
     def out(self) -> list[Any]:
         """Layer by layer, as autograd takes them. Nothing else holds them then, so that no copy becomes p.grad."""

@@ -48,14 +48,14 @@ def forward(call: Stack, x: Tensor, cos: Tensor, sin: Tensor, kept: Slabs) -> tu
     room, n, mm = call.room, call.batch * call.tokens, torch.mm
     h1, h2, hidden, attended = kept.h_qkv, kept.h_gate_up, room.hidden, []
     y = torch.empty_like(x)
-    room.begin()
+    go = room.calls(kept)
     for i, p in enumerate(call.parts):
         w_qkv, w_o, w_gate_up, w_down = p.qkv.views(), p.o.views(), p.gate_up.views(), p.down.views()
         norm1, norm2 = p.weights
         mid, xa_o = kept.mid[i], kept.xa_o[i]
-        room.norm1(x, norm1, h1.x[i], kept.rstd1[i], mid)
+        go.norm1(i, x, norm1)
         _project(h1.all[i], h1.x[i], h1.xa[i], w_qkv, p.qkv.bias, kept.qkv[i])
-        room.rope(kept.turned[i], cos, sin)
+        go.rope(i, cos, sin)
         out, state, numbers = attention.forward(call.hows[i], kept.q[i], kept.k[i], kept.v[i], None)
         out = out.transpose(1, 2).reshape(n, -1)
         attended.append((out, state, numbers))
@@ -66,12 +66,12 @@ def forward(call: Stack, x: Tensor, cos: Tensor, sin: Tensor, kept: Slabs) -> tu
         if p.o.bias is not None:
             mid.add_(p.o.bias)
         x = y if i == len(call.parts) - 1 else kept.y[i]
-        room.norm2(mid, norm2, h2.x[i], kept.rstd2[i], x)
+        go.norm2(i, norm2, x)
         _project(h2.all[i], h2.x[i], h2.xa[i], w_gate_up, p.gate_up.bias, kept.gate_up[i])
         if w_down.a is None:
-            room.swiglu(kept.gate[i], kept.up[i], hidden.x)
+            go.swiglu(i)
         else:
-            room.swiglu(kept.gate[i], kept.up[i], w_down.a, hidden.x, hidden.xa, kept.xa_down[i])
+            go.swiglu(i, w_down.a)
         x.addmm_(hidden.all, w_down.whole_t)
         if p.down.bias is not None:
             x.add_(p.down.bias)
@@ -103,27 +103,26 @@ def backward(
     sums = Sums(call.layout, call.parts[0].groups, len(call.parts))
     dx = torch.empty_like(x) if need_dx else None
     heads = (call.batch, call.tokens, *call.layout.dims[2::2])
-    room.begin()
+    go = room.calls(kept)
     for i in reversed(range(len(call.parts))):
         p = call.parts[i]
         w_down, w_gate_up, w_o, w_qkv = p.down.views(), p.gate_up.views(), p.o.views(), p.qkv.views()
         norm1, norm2 = p.weights
         if w_down.b is not None:
             mm(g.x, w_down.b, out=g.down_xa)
-        dh = mm(g.down, w_down.back, out=room.dh)
+        mm(g.down, w_down.back, out=room.dh)
         if room.fused:  # with dA of down and dB of gate and up
-            ends = [views[i] for views in (*sums.of_down, *sums.db[2])]
-            room.swiglu_back(dh, kept.gate[i], kept.up[i], g.down_xa, kept.h_gate_up.xa[i], room.dgate, room.dup, *ends)
+            go.swiglu_back(i, g.down_xa, *[views[i] for views in (*sums.of_down, *sums.db[2])])
         else:
-            room.swiglu_back(dh, kept.gate[i], kept.up[i], room.dgate, room.dup)  # dh holds h from here on
+            go.swiglu_back(i)  # room.dh holds h from here on
         if w_gate_up.b is not None:
             mm(dgu.x, w_gate_up.b, out=dgu.xa)
         d_norm = mm(dgu.all, w_gate_up.back, out=room.d_norm)
-        down = _products(sums, kept, 3, i, g.down_xa, None if room.fused else dh, [g.x] * len(sums.db[3]))
-        gate_up = _products(sums, kept, 2, i, dgu.xa, kept.h_gate_up.x[i], [] if room.fused else room.dgu_parts)
-        room.of_mlp(*down, *gate_up)
-        back = room.norm2_back if g is room.g else room.norm2_back.fn
-        back(d_norm, kept.mid[i], norm2, kept.rstd2[i], g.x, room.g.x)
+        go.of_mlp(i, *sums.given_to_mlp(i, g, room.fused))
+        if g is room.g:
+            go.norm2_back(i, norm2)
+        else:
+            room.norm2_back.fn(d_norm, kept.mid[i], norm2, kept.rstd2[i], g.x, room.g.x)
         g = room.g
         if w_o.b is not None:
             mm(g.x, w_o.b, out=g.o_xa)
@@ -131,27 +130,17 @@ def backward(
         out, state, numbers = attended[i]
         by_head = out.view(heads).transpose(1, 2)
         grads = attention.backward(call.hows[i], room.do_heads, kept.q[i], kept.k[i], kept.v[i], by_head, None, state, numbers)
-        room.pack(*grads, cos, sin, dqkv.all)
+        go.pack(i, *grads, cos, sin)
         if w_qkv.b is not None:
             mm(dqkv.x, w_qkv.b, out=dqkv.xa)
-        o = _products(sums, kept, 1, i, g.o_xa, out, [g.x] * len(sums.db[1]))
-        room.of_attention(*o, *_products(sums, kept, 0, i, dqkv.xa, kept.h_qkv.x[i], room.dqkv_parts))
+        go.of_attention(i, *sums.given_to_attention(i, out))
         if i:
-            d_norm = mm(dqkv.all, w_qkv.back, out=room.d_norm)
-            room.norm1_back(d_norm, kept.y[i - 1], norm1, kept.rstd1[i], g.x, g.x)
+            mm(dqkv.all, w_qkv.back, out=room.d_norm)
+            go.norm1_back(i - 1, norm1)
         elif dx is not None:
             d_norm = mm(dqkv.all, w_qkv.back, out=room.d_norm)
             room.norm1_back.fn(d_norm, x, norm1, kept.rstd1[i], g.x, dx)
     return dx, sums.out()
-
-
-def _products(sums: Sums, kept: Slabs, which: int, layer: int, dyb: Tensor, x: Tensor | None, dy: list[Tensor]) -> list[Tensor]:
-    """Thin, wide and out of LoRA's gradients in group `which`: dA = (dy scale B)^T x of all terms, where x is given; and of each
-    dB = scale dy^T (x A^T), as far as there are columns of dy."""
-    found = [dyb, x, sums.da[which][layer]] if x is not None and sums.db[which] else []
-    for out, wide, xa in zip(sums.db[which], dy, kept.terms[which], strict=False):
-        found += xa[layer], wide, out[layer]
-    return found
 
 
 class StackFunction(torch.autograd.Function):
