@@ -40,11 +40,13 @@ MARK = "_nbkit_family"  # instance attribute: the family whose facts the bound f
 PLAIN = {"input_ids", "attention_mask", "use_cache", "num_items_in_batch", "shift_labels"}  # what a recorded step can take
 PACKED = {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}  # what a collator says of a pack
 GRAPHS = "_nbkit_graphs"  # instance attribute of the causal LM: its recorded steps, if it may have any
+UNCOMPILED = "nbkit's forwards run as they are: the compiler would only break them up"
 FORWARDS: dict[str, Callable[..., Any]] = {}  # by the name of the op
 
 
 def _binds(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def keep(fn: Callable[..., Any]) -> Callable[..., Any]:
+        fn = torch.compiler.disable(fn, reason=UNCOMPILED)
         fn.__name__ = "forward"  # a bound method is pickled as its object and this name: a pickled model loads as a stock one
         FORWARDS[op] = fn
         OURS.add(fn)
@@ -144,11 +146,8 @@ def _causal_lm(
 ) -> Any:
     """With labels: the loss of the labelled rows alone, and logits only if somebody reads them. Without: the stock forward."""
     family: Family | None = vars(self).get(MARK)
-    if family is not None and torch._C._are_functorch_transforms_active():
-        raise ModelError(
-            "nbkit's kernels cannot be traced by torch.func (grad, vmap, jvp and the like); call nbkit.unpatch(model) first, or "
-            "take gradients by loss.backward() or torch.autograd.grad."
-        )
+    if family is not None:
+        _refuse_transforms()
     inputs = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
@@ -195,6 +194,15 @@ def _causal_lm(
         )
     made.attach(_maker(self, family, hidden, loss), listed=not self.training)
     return made
+
+
+def _refuse_transforms() -> None:
+    """Raises: ModelError within a transform of torch.func."""
+    if torch._C._are_functorch_transforms_active():
+        raise ModelError(
+            "nbkit's kernels cannot be traced by torch.func (grad, vmap, jvp and the like); call nbkit.unpatch(model) first, or "
+            "take gradients by loss.backward() or torch.autograd.grad."
+        )
 
 
 def _maker(model: Any, family: Family, hidden: torch.Tensor, loss: torch.Tensor) -> Callable[[], torch.Tensor]:

@@ -148,3 +148,18 @@ def test_transforms_of_functions_are_refused_in_a_sentence(way: str) -> None:
     with pytest.raises(ModelError, match=r"torch.func.*nbkit.unpatch\(model\)"):
         torch.func.vmap(lambda ids: model(input_ids=ids[None]).logits)(inputs["input_ids"])
     model(**inputs).loss.backward()  # and nothing is left of it
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_patched_model_that_is_compiled_runs_as_it_is(way: str) -> None:
+    stock, model = lora("llama"), patched(lora("llama"), way)
+    wanted = stock(**batch(padded=True), use_cache=False)
+    wanted.loss.backward()
+    compiled = torch.compile(model, backend="eager")
+    outputs = compiled(**batch(padded=True), use_cache=False)
+    outputs.loss.backward()
+    assert_like_stock("loss", outputs.loss, wanted.loss)
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), stock.named_parameters(), strict=True):
+        if theirs.grad is not None:
+            assert_like_stock(name, ours.grad, theirs.grad)
+    compiled.get_base_model().model(batch()["input_ids"])[0].sum().backward()

@@ -96,6 +96,7 @@ def fits(hidden: Tensor, mask: Tensor | None, turned: Any, parts: Parts) -> bool
     return hidden.dtype == parts.dtype and turned is not None and plain
 
 
+@torch.compiler.disable
 def forward(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
     """The decoder layer's forward: fused where it can be, else the layer's own with the same arguments."""
     bound: BoundLayer | None = vars(self).get(MARK)
