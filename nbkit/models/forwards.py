@@ -45,8 +45,8 @@ FORWARDS: dict[str, Callable[..., Any]] = {}  # by the name of the op
 
 
 def _binds(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def keep(fn: Callable[..., Any]) -> Callable[..., Any]:
-        fn = torch.compiler.disable(fn, reason=UNCOMPILED)
+    def keep(written: Callable[..., Any]) -> Callable[..., Any]:
+        fn: Any = torch.compiler.disable(written, reason=UNCOMPILED)
         fn.__name__ = "forward"  # a bound method is pickled as its object and this name: a pickled model loads as a stock one
         FORWARDS[op] = fn
         OURS.add(fn)
@@ -145,9 +145,7 @@ def _causal_lm(
     **kwargs: Any,
 ) -> Any:
     """With labels: the loss of the labelled rows alone, and logits only if somebody reads them. Without: the stock forward."""
-    family: Family | None = vars(self).get(MARK)
-    if family is not None:
-        _refuse_transforms()
+    family = _family_of(self)
     inputs = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
@@ -196,13 +194,15 @@ def _causal_lm(
     return made
 
 
-def _refuse_transforms() -> None:
-    """Raises: ModelError within a transform of torch.func."""
-    if torch._C._are_functorch_transforms_active():
+def _family_of(model: Any) -> Family | None:
+    """None: the model is not patched, and runs stock. Raises: ModelError for one that is, within a transform of torch.func."""
+    family: Family | None = vars(model).get(MARK)
+    if family is not None and torch._C._are_functorch_transforms_active():
         raise ModelError(
             "nbkit's kernels cannot be traced by torch.func (grad, vmap, jvp and the like); call nbkit.unpatch(model) first, or "
             "take gradients by loss.backward() or torch.autograd.grad."
         )
+    return family
 
 
 def _maker(model: Any, family: Family, hidden: torch.Tensor, loss: torch.Tensor) -> Callable[[], torch.Tensor]:
