@@ -165,7 +165,9 @@ class Binding(Unshared):
         found.places += [(vars(self.decoder), key, vars(self.decoder).get(key)) for key in ("training", "gradient_checkpointing")]
         for bound in self.bound:
             layer = bound.parts.layer
-            found.places += [(vars(layer), key, vars(layer).get(key)) for key in ("training", "gradient_checkpointing")]
+            found.places += [
+                (vars(layer), key, vars(layer).get(key)) for key in ("training", "gradient_checkpointing", "forward")
+            ]
             if self.reasons or not bound.parts.report_to(found):
                 return None
         return Columns(found)

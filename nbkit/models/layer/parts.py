@@ -67,6 +67,7 @@ class Parts:
 
     def refresh(self) -> bool:
         """Read the adapters again; True if any changed. Raises: Unfit."""
+        self.qkv.scratch.changes += 1
         eps, norms, weights = self.eps, self.norms, self.weights
         self.norms = self._norms()
         self.weights = self._weights()
@@ -91,6 +92,7 @@ class Parts:
     def use(self, used: tuple[Any, ...]) -> None:
         """Put back what a forward read: adapters, and with them copies of linears and norms, may have been switched since,
         or weights were lent for that forward alone (`torch.func.functional_call`)."""
+        self.qkv.scratch.changes += 1
         self.norms, self.weights, self.norms_trained, *of_groups = used
         for group, one in zip(self.groups, of_groups, strict=True):
             group.use(one)

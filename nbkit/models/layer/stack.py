@@ -19,10 +19,11 @@ from torch import Tensor
 from nbkit.kernels._autograd import first_order
 from nbkit.kernels._launch import as_rows, on_device
 from nbkit.models import attention
-from nbkit.models.layer.adapters import own_forward
+from nbkit.models.layer.adapters import hooks_made, own_forward
 from nbkit.models.layer.function import GradientRows
 from nbkit.models.layer.parts import Parts
 from nbkit.models.layer.room import Layout, Room, Slabs, Stream, Sums, layout_of
+from nbkit.models.layer.weights import Scratch
 
 PACE = 2.0e11  # tokens times weights of a layer up to which the host, not the GPU, sets the pace: 900 tokens of an 8B model
 LARGEST_ROOM = 256 * 2**20  # bytes that stay allocated between steps
@@ -33,6 +34,8 @@ class Stack:
     """One call of all layers."""
 
     parts: list[Parts]
+    used: list[tuple[Any, ...]]  # what each reads in this forward
+    scratch: Scratch  # says whether that has changed
     layout: Layout
     room: Room
     hows: list[attention.Attend]  # by layer
@@ -159,7 +162,7 @@ class StackFunction(torch.autograd.Function):
             kept = call.room.lend(len(call.parts))
             y, attended = forward(call, as_rows(x).contiguous(), cos, sin, kept)
         ctx.call, ctx.gradient_rows, ctx.views = call, rows, kept
-        ctx.used = [p.used() for p in call.parts]
+        ctx.used, ctx.changes = call.used, call.scratch.changes
         ctx.numbers = [(len(state), numbers) for _, state, numbers in attended]
         states = [t for out, state, _ in attended for t in (out, *state)]
         # Parameters are not read again, their copies in the borders are: so of them it is the versions that count.
@@ -181,8 +184,9 @@ class StackFunction(torch.autograd.Function):
         for count, numbers in ctx.numbers:
             attended.append((saved[at], saved[at + 1 : at + 1 + count], numbers))
             at += 1 + count
-        for p, used in zip(call.parts, ctx.used, strict=True):
-            p.use(used)
+        if ctx.changes != call.scratch.changes:
+            for p, used in zip(call.parts, ctx.used, strict=True):
+                p.use(used)
         g = ctx.gradient_rows.receive(dy, call.batch * call.tokens, width := call.layout.dims[0] + max(call.layout.ranks[1::2]))
         if g.stride(0) != width:  # launches are prepared for rows as the room's
             g = torch.empty(g.shape[0], width, dtype=g.dtype, device=g.device).copy_(g[:, :width])
@@ -210,6 +214,10 @@ class Stacks:
         self.layout: Layout | None = None  # None: layers differ, or train more than LoRA
         self.weights = 0  # of a layer
         self.params: list[Tensor] = []
+        self.parts: list[Parts] = []
+        self.used: list[tuple[Any, ...]] = []  # of the parts, as it was at
+        self.changes = -1  # of the binding's scratch
+        self.fitting: tuple[Any, ...] | None = None  # what all layers fitted by when they were last looked at
         self.kinds: list[tuple[Any, ...]] = []  # what attention goes by, by layer
         self.firsts: list[tuple[int, tuple[Any, ...]]] = []  # the first layer of each kind
         self.room: Room | None = None  # of the last shape
@@ -248,7 +256,10 @@ class Stacks:
         if self.room is None or self.room.kind != (batch, tokens, turned):
             self.drop()  # before the next is made
             self.room = Room(layout, batch, tokens, turned)
-        return Stack([one.parts for one in bound], layout, self.room, self._attends(x), batch, tokens)
+        scratch = self.binding.scratch
+        if self.changes != scratch.changes:
+            self.used, self.changes = [p.used() for p in self.parts], scratch.changes
+        return Stack(self.parts, self.used, scratch, layout, self.room, self._attends(x), batch, tokens)
 
     def _fits(self, layout: Layout, rows: int) -> bool:
         """Whether the host sets the pace of a step of so many rows, all is kept, and nobody looks at a layer."""
@@ -259,11 +270,15 @@ class Stacks:
             return False
         if own_forward(binding.decoder):
             return False  # which may leave layers out
-        for one in binding.bound:
-            keep = binding.keep_of(one.parts.index)
-            if keep.level or keep.tile or self._watched(one.parts.layer):
-                return False
-        return True
+        # All that makes layers fit; hooks that are taken away matter only where there were some.
+        about = (binding.everything, hooks_made(), binding.keep, binding.planner.plan)
+        if binding.everything is None or about != self.fitting:
+            self.fitting = about if all(self._layer_fits(one) for one in binding.bound) else None
+        return self.fitting is not None
+
+    def _layer_fits(self, one: Any) -> bool:
+        keep = self.binding.keep_of(one.parts.index)
+        return not (keep.level or keep.tile or self._watched(one.parts.layer))
 
     def run(self, call: Stack, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The last layer's output."""
@@ -277,6 +292,7 @@ class Stacks:
         self.room = self.room if layout == self.layout else None
         self.layout, self.version = layout, self.binding.version
         self.weights = sum(g.inputs * g.outputs for g in bound[0].parts.groups)
+        self.parts, self.changes = [one.parts for one in bound], -1
         self.params = [p for one in bound for p in one.params]
         self.kinds = [(one.parts.window, one.parts.scale, one.parts.softcap) for one in bound]
         self.firsts = [(self.kinds.index(kind), kind) for kind in dict.fromkeys(self.kinds)]

@@ -38,6 +38,7 @@ class Scratch:
     buffers: dict[str, Tensor] = field(default_factory=dict)
     shaped: dict[str, Tensor] = field(default_factory=dict)  # the last view of each
     owner: dict[str, object] = field(default_factory=dict)  # which group's weight a buffer holds now
+    changes: int = 0  # goes up whenever a layer may read other adapters, weights or norms than before
 
     def take(self, name: str, rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor:
         """A (rows, columns) view. Its contents are the last writer's; `owner` says whose."""

@@ -206,6 +206,32 @@ def test_whoever_looks_at_a_layer_sees_it(runs):
     other.release()
 
 
+def test_who_begins_to_look_after_some_steps_is_seen(runs):
+    from nbkit.models.layer import Keep
+
+    model, inputs = lora("llama"), batch()
+    binding, layer = bound(model), model.get_base_model().model.layers[1]
+    for _ in range(3):
+        step(model, **inputs)
+    assert len(runs) == 3
+    seen = []
+    hook = layer.register_forward_hook(lambda *_: seen.append("hook"))
+    step(model, **inputs)
+    hook.remove()
+    step(model, **inputs)
+    own = layer.forward
+    layer.forward = lambda *args, **kwargs: seen.append("forward") or own(*args, **kwargs)
+    step(model, **inputs)
+    layer.forward = own
+    step(model, **inputs)
+    keep, binding.keep = binding.keep, Keep(1)
+    step(model, **inputs)
+    binding.keep = keep
+    step(model, **inputs)
+    assert seen == ["hook", "forward"] and len(runs) == 6
+    binding.release()
+
+
 @pytest.mark.parametrize("change", ["a norm", "a layer without an adapter", "a shorter decoder", "many tokens", "less is kept"])
 def test_layers_that_differ_go_one_by_one(change, runs, monkeypatch):
     from nbkit.models.layer import Keep
