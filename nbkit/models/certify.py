@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def certify(model: Any, batch: Mapping[str, Any] | None = None) -> Certificate:
             found.skipped.append("loss and gradients: nothing is bound, so the patched model is the stock one")
         found.rows += kernel_rows(base, report, inputs["input_ids"].shape, compute_dtype(base), found.skipped, bool(found.names))
     return Certificate(
-        model=getattr(base.config, "_name_or_path", "") or type(base).__name__,
+        model=_name(base),
         family=report.family,
         dtype=str(compute_dtype(base)).removeprefix("torch."),
         weights=twins.weights_text(base),
@@ -109,6 +110,12 @@ class _Findings:
 
 
 # -- the three legs ------------------------------------------------------------------------------------------------------
+
+
+def _name(base: Any) -> str:
+    """The checkpoint's name at the hub, or of its folder."""
+    name = getattr(base.config, "_name_or_path", "")
+    return (Path(name).name if Path(name).is_absolute() else name) or type(base).__name__
 
 
 def _whole_model(model: Any, inputs: dict[str, Any], found: _Findings) -> None:
@@ -185,7 +192,8 @@ def _runs(model: Any, inputs: dict[str, Any]) -> Iterator[tuple[Measured, list[s
         how += [f"no layer was fused: {why}" for why in binding.asides]
         recorded = len(graphs.recorded) if graphs is not None else 0
         names = ", ".join(str(keep) for keep in keeps)
-        how.append(f"{len(binding.bound)} fused layers; {names}; {times} steps each, {recorded} recorded as CUDA graphs")
+        steps = f"{times} step{'s' if times > 1 else ''} each"
+        how.append(f"{len(binding.bound)} fused layers; {names}; {steps}, {recorded} recorded as CUDA graphs")
         yield measure(model, inputs), how
 
 
@@ -319,7 +327,7 @@ def _runs_stock(base: Any, report: PatchReport) -> list[str]:
 def _inputs(base: Any, batch: Mapping[str, Any] | None, device: torch.device) -> dict[str, Any]:
     if batch is not None and not isinstance(batch, Mapping):
         raise ModelError(
-            f"A {type(batch).__name__} is no batch; give {{'input_ids': tensor of shape (rows, tokens), 'labels': the same}}, "
+            f"The batch is of type {type(batch).__name__}; give {{'input_ids': tensor of shape (rows, tokens), 'labels': the same}} "
             "or batch=None."
         )
     given = random_batch(base.config) if batch is None else dict(batch)

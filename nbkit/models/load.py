@@ -34,9 +34,9 @@ class LoadedModel:
     name: str
     folder: Path
     source: str
-    message: str
+    message: str = field(repr=False)
     family: Family | None = field(repr=False)
-    shape: ModelShape
+    shape: ModelShape = field(repr=False)
 
 
 def load(config: ModelConfig, *, token: str | None = None, progress: bool = True) -> LoadedModel:

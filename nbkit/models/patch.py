@@ -160,6 +160,8 @@ def _chosen(base: Any, told: set[str]) -> list[str]:
     """Lines on what the engine has chosen so far. `told`: reasons that the report names anyway."""
     if base is None:  # gone, though its report is still here
         return []
+    if not any(MARK in vars(module) for module in base.modules()):
+        return ["  unpatched     since: the model runs stock"]
     binding, graphs = binding_of(base), vars(base).get(GRAPHS)
     if binding is None:
         return []

@@ -183,8 +183,11 @@ def test_a_batch_of_ones_own() -> None:
         ({"input_ids": torch.zeros(0, 5, dtype=torch.long)}, r"The batch has no tokens \(input_ids: \(0, 5\)\)"),
         ({"labels": torch.zeros(1, 5, dtype=torch.long)}, r"The batch has no tokens \(input_ids: NoneType\)"),
         ({"input_ids": torch.ones(1, 1, dtype=torch.long)}, "No token of the batch bears a label"),
-        (torch.ones(2, 5, dtype=torch.long), r"A Tensor is no batch; give \{'input_ids': tensor of shape \(rows, tokens\), "),
-        ([{"input_ids": torch.ones(2, 5)}], "A list is no batch"),
+        (
+            torch.ones(2, 5, dtype=torch.long),
+            r"The batch is of type Tensor; give \{'input_ids': tensor of shape \(rows, tokens\), ",
+        ),
+        ([{"input_ids": torch.ones(2, 5)}], "The batch is of type list"),
         ({"input_ids": torch.ones(2, 5)}, "input_ids are torch.float32; give whole numbers .int64."),
         ({"input_ids": torch.full((2, 5), 320)}, "The token 320 in row 0 is none of the 320 of the vocabulary"),
         ({"input_ids": torch.ones(2, 5).long(), "labels": [[1] * 5] * 2}, "labels are a list; give a tensor"),
@@ -245,6 +248,8 @@ def test_table_html_and_json(tmp_path: Any) -> None:
     read = json.loads(file.read_text())
     assert json.loads(text) == read and read["passed"] is True and read["verdict"] == found.verdict
     assert len(read["rows"]) == len(found.rows) and set(read["versions"]) >= {"nbkit", "torch", "transformers"}
+    model.get_base_model().config._name_or_path = str(tmp_path / "of-mine")
+    assert nbkit.certify(model).model == "of-mine"  # and not the way to it
     assert read["machine"]["device"] and read["commit"] == found.commit and read["schema"] == 1
     broken = Certificate(**{**vars(found), "rows": (room.Row("loss", "", "float32", float("inf"), float("nan")),)})
     assert json.loads(broken.to_json())["rows"][0]["ratio"] == "inf" and not broken.passed

@@ -235,6 +235,17 @@ def test_a_report_at_the_end_of_a_cell_is_made_to_be_read() -> None:
     assert repr(report) == str(report)
 
 
+def test_a_report_of_a_model_that_was_unpatched_says_so() -> None:
+    model = adapted()
+    report = nbkit.patch(model)
+    step(model, **batch())
+    assert "unpatched" not in str(report)
+    nbkit.unpatch(model)
+    assert str(report).splitlines()[-1] == "  unpatched     since: the model runs stock"
+    nbkit.patch(model)
+    assert "unpatched" not in str(report)
+
+
 def test_every_line_is_short_enough_to_read() -> None:
     model = adapted(lora_dropout=0.05)
     report = nbkit.patch(model)
