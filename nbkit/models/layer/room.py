@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from nbkit.kernels._launch import Layered, Prepared, Stand
-from nbkit.kernels.lora_gradients import prepared_products
 from nbkit.models.layer import ops
 from nbkit.models.layer.parts import Parts
-from nbkit.models.layer.weights import Group, round_up
+from nbkit.models.layer.weights import round_up
 
 Views = tuple[Tensor, ...]  # one a layer
 
@@ -103,7 +102,7 @@ class Room:
         d, f, h, g, k = layout.dims
         n, (r_qkv, r_o, r_gate_up, r_down) = batch * tokens, layout.ranks
         self.kind, self.spans = (batch, tokens, turned), layout.spans
-        self.layout = layout
+        self.layout, (self.cuts, self.row) = layout, cuts_of(layout)
         self.slabs: Slabs | None = None
         self.stand = Stand()
         self.hidden = border(n, f, r_down, layout)
@@ -131,19 +130,11 @@ class Room:
         qkv, o, gate_up, down = layout.spans
         self.fused = len(down) < 2 and len({s.start for s in gate_up}) == len(gate_up)
         self.swiglu = made(ops.swiglu_lora_forward, own=True) if r_down else made(ops.swiglu_forward)
-        self.swiglu_back = made(_fused_back(layout), own=True) if self.fused else made(_swiglu_back)
+        self.swiglu_back = made(_fused_back(layout, self.cuts), own=True) if self.fused else made(_swiglu_back)
         self.pack = made(ops.rotate_pack, strides_of=(0, 1, 2))
-        self.of_mlp = self._products([] if self.fused else down, down, gate_up, [] if self.fused else gate_up)
-        self.of_attention = self._products(o, o, qkv, qkv)
-
-    def _products(self, *groups: Sequence[Span]) -> Prepared:
-        """dA and dB of one group and then of another, each empty where it is not wanted: dA of all terms, then dB of each."""
-        turned: list[bool] = []
-        scales: list[float] = []
-        for da, db in (groups[:2], groups[2:]):
-            turned += [False] * bool(da) + [True] * len(db)
-            scales += [1.0] * bool(da) + [s.scale for s in db]
-        return prepared_products(turned, scales, stand=self.stand)
+        cuts = self.cuts
+        self.of_mlp = made(_products([(not self.fused, down, cuts[3], True), (True, gate_up, cuts[2], not self.fused)]))
+        self.of_attention = made(_products([(True, o, cuts[1], True), (True, qkv, cuts[0], True)]))
 
     def calls(self, kept: Slabs) -> Calls:
         """The launches on these slabs, for one forward or backward: where they go is found out once."""
@@ -158,24 +149,31 @@ class Room:
         qkv, o, gate_up, down = self.spans
         xa_qkv, xa_o, xa_gate_up, xa_down = kept.terms
         of_hidden = (None, hidden.x, hidden.xa, kept.xa_down) if self.layout.ranks[3] else (hidden.x,)
-        ends = (None,) * (len(down) + len(gate_up))  # dA of down, dB of gate and up
-        back = (None, kept.h_gate_up.xa, *activated, *ends) if self.fused else activated
-        of_down = _triples(down, None if self.fused else (None, self.dh), xa_down, [None] * len(down))
-        of_gate_up = _triples(gate_up, (self.dgu.xa, kept.h_gate_up.x), xa_gate_up, [] if self.fused else self.dgu_parts)
-        of_o = _triples(o, (g.o_xa, None), xa_o, [g.x] * len(o))
-        of_qkv = _triples(qkv, (self.dqkv.xa, kept.h_qkv.x), xa_qkv, self.dqkv_parts)
+        back = (None, kept.h_gate_up.xa, *activated, None) if self.fused else activated
+        of_down = _pairs(down, None if self.fused else (None, self.dh), xa_down, [None] * len(down))
+        of_gate_up = _pairs(gate_up, (self.dgu.xa, kept.h_gate_up.x), xa_gate_up, [] if self.fused else self.dgu_parts)
+        of_o = _pairs(o, (g.o_xa, None), xa_o, [g.x] * len(o))
+        of_qkv = _pairs(qkv, (self.dqkv.xa, kept.h_qkv.x), xa_qkv, self.dqkv_parts)
         return Calls(
             norm1=Layered(self.norm1, None, None, kept.h_qkv.x, kept.rstd1, kept.mid),
             rope=Layered(self.rope, kept.turned, None, None),
             norm2=Layered(self.norm2, kept.mid, None, kept.h_gate_up.x, kept.rstd2, None),
             swiglu=Layered(self.swiglu, kept.gate, kept.up, *of_hidden),
             swiglu_back=Layered(self.swiglu_back, self.dh, kept.gate, kept.up, *back),
-            of_mlp=Layered(self.of_mlp, *of_down, *of_gate_up),
+            of_mlp=Layered(self.of_mlp, *of_down, *of_gate_up, None),
             norm2_back=Layered(self.norm2_back, self.d_norm, kept.mid, None, kept.rstd2, g.x, g.x),
             pack=Layered(self.pack, None, None, None, None, None, self.dqkv.all),
-            of_attention=Layered(self.of_attention, *of_o, *of_qkv),
+            of_attention=Layered(self.of_attention, *of_o, *of_qkv, None),
             norm1_back=Layered(self.norm1_back, self.d_norm, kept.y[:-1], None, kept.rstd1[1:], g.x, g.x),
         )
+
+    def of_stream(self, g: Stream) -> list[Tensor]:
+        """What `Calls.of_mlp` takes of the gradient of the residual stream."""
+        down = self.spans[3]
+        return [g.down_xa] * bool(down and not self.fused) + [g.x] * len(down)
+
+    def sums(self, layers: int) -> Sums:
+        return Sums(self.layout, self.cuts, self.row, layers)
 
     def lend(self, layers: int) -> Slabs:
         """Slabs for a node: those of the last step of this shape, once its backward is through; else new ones."""
@@ -197,23 +195,35 @@ class Calls(NamedTuple):
     rope: Layered  # cos, sin
     norm2: Layered  # weight, what gets the copy
     swiglu: Layered  # A of down, if it has LoRA
-    swiglu_back: Layered  # in one pass: dy (scale B) of down; where dA of down goes, dB of gate and of up
-    of_mlp: Layered  # `Sums.given_to_mlp`
+    swiglu_back: Layered  # in one pass: dy (scale B) of down, the layer's row of sums
+    of_mlp: Layered  # what `Room.of_stream` gives, the row
     norm2_back: Layered  # weight; for the gradient in the room
     pack: Layered  # dq, dk, dv, cos, sin
-    of_attention: Layered  # `Sums.given_to_attention`
+    of_attention: Layered  # attention's output, if o has LoRA, the row
     norm1_back: Layered  # weight; called with the number of the layer before
 
 
-def _triples(spans: Sequence[Span], of_a: Any, thin: Sequence[Any], wide: Sequence[Any]) -> list[Any]:
-    """What a launch takes for dA of all terms, unless there is none to make, and for dB of each that has a `wide`.
+def _pairs(spans: Sequence[Span], of_a: Any, thin: Sequence[Any], wide: Sequence[Any]) -> list[Any]:
+    """Thin and wide, each None where it is given at the call, for dA of all terms, unless there is none to make, and dB of each
+    that has a `wide`."""
+    found = [*of_a] if spans and of_a is not None else []
+    return found + [one for pair in zip(thin, wide, strict=False) for one in pair]
 
-    Thin, wide and where the product goes, each None where it is given at the call.
-    """
-    found = [*of_a, None] if spans and of_a is not None else []
-    for pair in zip(thin, wide, strict=False):
-        found += (*pair, None)
-    return found
+
+def _products(groups: Sequence[tuple[bool, Sequence[Span], Cuts, bool]]) -> Callable[..., None]:
+    """A launch that takes thin and wide for each group's dA of all terms at once, where it is wanted (first), and for dB of each
+    term (last); then the row that all go to."""
+    kinds: list[tuple[Place, bool, float]] = []
+    for of_a, spans, cuts, of_b in groups:
+        kinds += [(cuts.whole, False, 1.0)] if of_a and spans else []
+        kinds += [(place, True, s.scale) for place, s in zip(cuts.db, spans, strict=True)] if of_b else []
+
+    def run(*tensors: Tensor) -> None:
+        *pairs, row = tensors
+        each = zip(pairs[::2], pairs[1::2], kinds, strict=True)
+        ops.thin_products([ops.Product(thin, wide, _cut(row, place), *kind) for thin, wide, (place, *kind) in each])
+
+    return run
 
 
 def _norm(eps: float, x: Tensor, weight: Tensor, out: Tensor, rstd: Tensor, copy: Tensor) -> None:
@@ -228,15 +238,15 @@ def _swiglu_back(dh: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tenso
     ops.swiglu_backward(dh, gate, up, dgate, dup, h=dh)
 
 
-def _fused_back(layout: Layout) -> Callable[..., Any]:
-    """swiglu's backward with what LoRA gets there: takes dh, gate, up, u, xa, dgate, dup, then those there are of dA, dB, dB."""
-    found = {s.start: s for s in layout.spans[2]}
+def _fused_back(layout: Layout, cuts: Sequence[Cuts]) -> Callable[..., Any]:
+    """swiglu's backward with what LoRA gets there: takes dh, gate, up, u, xa, dgate, dup, and the row of sums."""
+    found = {s.start: (s, place) for s, place in zip(layout.spans[2], cuts[2].db, strict=True)}
     gate, up = found.get(0), found.get(layout.dims[1])
-    names = [name for name, there in (("da", layout.spans[3]), ("db_gate", gate), ("db_up", up)) if there]
-    rank, scales = gate.rank if gate else 0, (gate.scale if gate else 1.0, up.scale if up else 1.0)
+    places = {"da": cuts[3].da[0] if layout.spans[3] else None, "db_gate": gate and gate[1], "db_up": up and up[1]}
+    rank, scales = gate[0].rank if gate else 0, (gate[0].scale if gate else 1.0, up[0].scale if up else 1.0)
 
-    def back(dh: Tensor, g: Tensor, u: Tensor, dy: Tensor, xa: Tensor, dgate: Tensor, dup: Tensor, *sums: Tensor) -> None:
-        gets = dict(zip(names, sums, strict=True))
+    def back(dh: Tensor, g: Tensor, u: Tensor, dy: Tensor, xa: Tensor, dgate: Tensor, dup: Tensor, row: Tensor) -> None:
+        gets = {name: _cut(row, place) for name, place in places.items() if place is not None}
         ops.swiglu_lora_backward(dh, g, u, dy, xa, dgate, dup, gate_rank=rank, scales=scales, **gets)
 
     return back
@@ -294,55 +304,51 @@ class _Borders:
         self.xa: Views = slab.narrow(2, width, slab.shape[2] - width).unbind(0)
 
 
+class Place(NamedTuple):
+    """Of a matrix in a layer's row of sums: where it begins, in elements, its rows and columns."""
+
+    start: int
+    rows: int
+    columns: int
+
+
+class Cuts(NamedTuple):
+    """Where the gradients of one group lie: dA of all terms as one matrix, dA of each, dB of each."""
+
+    whole: Place
+    da: list[Place]
+    db: list[Place]
+
+
+def cuts_of(layout: Layout) -> tuple[list[Cuts], int]:
+    """The places by group, and how long a layer's row is."""
+    d, f, h, _, k = layout.dims
+    found, end = [], 0
+    for inputs, rank, spans in zip((d, h * k, d, f), layout.ranks, layout.spans, strict=True):
+        whole = Place(end, rank if spans else 0, inputs)
+        da = [Place(end + s.offset * inputs, s.rank, inputs) for s in spans]
+        db, end = [], end + whole.rows * inputs
+        for s in spans:
+            db.append(Place(end, s.stop - s.start, s.rank))
+            end += (s.stop - s.start) * s.rank
+        found.append(Cuts(whole, da, db))
+    return found, end
+
+
+def _cut(row: Tensor, place: Place) -> Tensor:
+    return row[place.start : place.start + place.rows * place.columns].view(place.rows, place.columns)
+
+
 class Sums:
-    """The gradients of all LoRA parameters of all layers in one buffer: views for the products, and as parameters."""
+    """The gradients of all LoRA parameters of all layers in one buffer: a row a layer, for the products; and as parameters."""
 
-    def __init__(self, layout: Layout, groups: Sequence[Group], layers: int) -> None:
-        """`groups`: of any one layer."""
-        places, total = [], 0
-        for group, spans in zip(groups, layout.spans, strict=True):
-            rank = group.rank if spans else 0
-            places.append((total, [total + rank * group.inputs]))
-            total += rank * group.inputs
-            for s in spans:
-                total += (s.stop - s.start) * s.rank
-                places[-1][1].append(total)
-        flat = torch.empty(layers, total, dtype=layout.trained, device=layout.device)
-        self.da: list[Views] = []  # of all terms of a group, by group
-        self.of_down: list[Views] = []  # dA of down's terms one by one
-        self.db: list[list[Views]] = []
-        self.by_parameter: list[Views] = []  # in the order of `Parts.parameters`
-        for group, spans, (first, ends) in zip(groups, layout.spans, places, strict=True):
-            i = group.inputs
-            whole = group.rank == sum(s.rank for s in spans) and len(spans) == 1
-            self.da.append(_cut(flat, first, group.rank if spans else 0, i))
-            self.db.append([_cut(flat, end, s.stop - s.start, s.rank) for end, s in zip(ends, spans, strict=False)])
-            da = [self.da[-1] if whole else _cut(flat, first + s.offset * i, s.rank, i) for s in spans]
-            self.of_down = da  # the last group's
-            for pair in zip(da, self.db[-1], strict=True):
-                self.by_parameter += pair
-
-    def given_to_mlp(self, i: int, g: Stream, fused: bool) -> list[Tensor]:
-        """What the launch for layer i's MLP is called with; `fused` where the activation has made its part."""
-        found = []
-        if self.db[3] and not fused:
-            found += g.down_xa, self.da[3][i]
-        for db in self.db[3]:
-            found += g.x, db[i]
-        if self.db[2]:
-            found.append(self.da[2][i])
-        return found if fused else found + [db[i] for db in self.db[2]]
-
-    def given_to_attention(self, i: int, out: Tensor) -> list[Tensor]:
-        """The same for its attention, whose output is `out`."""
-        found = [out, self.da[1][i], *(db[i] for db in self.db[1])] if self.db[1] else []
-        return [*found, self.da[0][i], *(db[i] for db in self.db[0])] if self.db[0] else found
+    def __init__(self, layout: Layout, cuts: Sequence[Cuts], row: int, layers: int) -> None:
+        flat = torch.empty(layers, row, dtype=layout.trained, device=layout.device)
+        self.rows: Views = flat.unbind(0)
+        places = [place for group in cuts for pair in zip(group.da, group.db, strict=True) for place in pair]
+        shapes = [(flat, (layers, p.rows, p.columns), (row, p.columns, 1), p.start) for p in places]
+        self.by_parameter: list[Views] = [torch.as_strided(*shape).unbind(0) for shape in shapes]  # as `Parts.parameters`
 
     def out(self) -> list[Any]:
         """Layer by layer, as autograd takes them. Nothing else holds them then, so that no copy becomes p.grad."""
         return [one for of_layer in zip(*self.by_parameter, strict=True) for one in of_layer]
-
-
-def _cut(flat: Tensor, start: int, rows: int, columns: int) -> Views:
-    layers, total = flat.shape
-    return flat.as_strided((layers, rows, columns), (total, columns, 1), start).unbind(0)

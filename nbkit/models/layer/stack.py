@@ -22,7 +22,7 @@ from nbkit.models import attention
 from nbkit.models.layer.adapters import hooks_made, own_forward
 from nbkit.models.layer.function import GradientRows
 from nbkit.models.layer.parts import Parts
-from nbkit.models.layer.room import Layout, Room, Slabs, Stream, Sums, layout_of
+from nbkit.models.layer.room import Layout, Room, Slabs, Stream, layout_of
 from nbkit.models.layer.weights import Scratch
 
 PACE = 2.0e11  # tokens times weights of a layer up to which the host, not the GPU, sets the pace: 900 tokens of an 8B model
@@ -103,7 +103,7 @@ def backward(
 ) -> tuple[Tensor | None, list[Tensor]]:
     """dx (N, D), if needed, and the LoRA gradients layer by layer. `g` is only read; room.g follows it after the first norm."""
     room, dqkv, dgu, mm = call.room, call.room.dqkv, call.room.dgu, torch.mm
-    sums = Sums(call.layout, call.parts[0].groups, len(call.parts))
+    sums, stream = room.sums(len(call.parts)), room.of_stream(g)
     dx = torch.empty_like(x) if need_dx else None
     heads = (call.batch, call.tokens, *call.layout.dims[2::2])
     go = room.calls(kept)
@@ -115,18 +115,18 @@ def backward(
             mm(g.x, w_down.b, out=g.down_xa)
         mm(g.down, w_down.back, out=room.dh)
         if room.fused:  # with dA of down and dB of gate and up
-            go.swiglu_back(i, g.down_xa, *[views[i] for views in (*sums.of_down, *sums.db[2])])
+            go.swiglu_back(i, g.down_xa, sums.rows[i])
         else:
             go.swiglu_back(i)  # room.dh holds h from here on
         if w_gate_up.b is not None:
             mm(dgu.x, w_gate_up.b, out=dgu.xa)
         d_norm = mm(dgu.all, w_gate_up.back, out=room.d_norm)
-        go.of_mlp(i, *sums.given_to_mlp(i, g, room.fused))
+        go.of_mlp(i, *stream, sums.rows[i])
         if g is room.g:
             go.norm2_back(i, norm2)
         else:
             room.norm2_back.fn(d_norm, kept.mid[i], norm2, kept.rstd2[i], g.x, room.g.x)
-        g = room.g
+            g, stream = room.g, room.of_stream(room.g)
         if w_o.b is not None:
             mm(g.x, w_o.b, out=g.o_xa)
         mm(g.o, w_o.back, out=room.do)
@@ -136,7 +136,10 @@ def backward(
         go.pack(i, *grads, cos, sin)
         if w_qkv.b is not None:
             mm(dqkv.x, w_qkv.b, out=dqkv.xa)
-        go.of_attention(i, *sums.given_to_attention(i, out))
+        if w_o.b is None:
+            go.of_attention(i, sums.rows[i])
+        else:
+            go.of_attention(i, out, sums.rows[i])
         if i:
             mm(dqkv.all, w_qkv.back, out=room.d_norm)
             go.norm1_back(i - 1, norm1)
