@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nbkit.kernels._autograd import first_order
-from nbkit.kernels._launch import as_rows
+from nbkit.kernels._launch import Prepared, as_rows
 from nbkit.models.layer import backward, forward, ops
 from nbkit.models.layer.forward import Call, Kept
 
@@ -25,6 +26,14 @@ class GradientRows:
 
     def __init__(self) -> None:
         self.handed: Tensor | None = None
+        self.kind: tuple[Any, ...] = ()  # of tensors, which these are prepared for:
+        self.norms: tuple[Prepared, Prepared] | None = None  # of the norm after the layers, forward and backward
+
+    def norms_for(self, *kind: Any) -> tuple[Prepared, Prepared]:
+        """The launches of the norm after the layers; `kind` is all that tells its tensors apart, but for addresses."""
+        if self.norms is None or kind != self.kind:
+            self.kind, self.norms = kind, (Prepared(partial(_norm, kind[0])), Prepared(_norm_back, strides_of=(0,)))
+        return self.norms
 
     def receive(self, dy: Tensor, rows: int, width: int) -> Tensor:
         """dy (B, T, D) as the first D columns of (rows, width) rows."""
@@ -89,6 +98,14 @@ class LayerFunction(torch.autograd.Function):
         return (dx, None, None, None, None, None, *(d if w else None for d, w in zip(grads, wanted, strict=True)))
 
 
+def _norm(eps: float, x: Tensor, weight: Tensor, out: Tensor, rstd: Tensor) -> None:
+    ops.rms_norm_forward(x, weight, eps, out=out, rstd=rstd)
+
+
+def _norm_back(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, out: Tensor) -> None:
+    ops.rms_norm_backward(dy, x, weight, rstd, out=out)
+
+
 class FinalNorm(torch.autograd.Function):
     """RMSNorm after the last layer; its gradient goes down in rows with room for LoRA's columns, so that nothing copies it."""
 
@@ -97,7 +114,8 @@ class FinalNorm(torch.autograd.Function):
         flat = as_rows(x)
         rstd = torch.empty(flat.shape[0], dtype=ops.wide(x.dtype), device=x.device)
         y = torch.empty_like(flat)
-        ops.rms_norm_forward(flat, weight, eps, out=y, rstd=rstd)
+        norm, ctx.back = rows.norms_for(eps, width, x.shape, x.dtype, flat.stride(), weight.dtype, weight.stride())
+        norm(flat, weight, y, rstd)
         ctx.save_for_backward(x, weight, rstd)
         ctx.gradient_rows, ctx.width = rows, width
         return y.resize_(x.shape)
@@ -108,6 +126,9 @@ class FinalNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         d = x.shape[-1]
         g = torch.empty(rstd.shape[0], ctx.width, dtype=x.dtype, device=x.device)
-        trained = ctx.needs_input_grad[1]
-        _, dw = ops.rms_norm_backward(as_rows(dy), as_rows(x), weight, rstd, out=g[:, :d], weight_grad=trained)
+        dw, given = None, (as_rows(dy), as_rows(x), weight, rstd)
+        if ctx.needs_input_grad[1]:
+            _, dw = ops.rms_norm_backward(*given, out=g[:, :d], weight_grad=True)
+        else:
+            ctx.back(*given, g[:, :d])
         return ctx.gradient_rows.hand(g, x.shape[0], d), None if dw is None else dw.to(weight.dtype), None, None, None

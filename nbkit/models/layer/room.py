@@ -126,6 +126,7 @@ class Room:
         norm, made = partial(_norm, layout.norms[0]), partial(Prepared, stand=self.stand)
         self.norm1, self.norm2 = made(norm), made(norm)
         self.norm1_back, self.norm2_back = made(_norm_back), made(_norm_back)
+        self.first_back, self.last_back = made(_norm_back), made(_norm_back, strides_of=(1,))  # from g as it came in; into dx
         self.rope = made(ops.rope_rotate_)
         qkv, o, gate_up, down = layout.spans
         self.fused = len(down) < 2 and len({s.start for s in gate_up}) == len(gate_up)

@@ -125,7 +125,7 @@ def backward(
         if g is room.g:
             go.norm2_back(i, norm2)
         else:
-            room.norm2_back.fn(d_norm, kept.mid[i], norm2, kept.rstd2[i], g.x, room.g.x)
+            room.first_back(d_norm, kept.mid[i], norm2, kept.rstd2[i], g.x, room.g.x)
             g, stream = room.g, room.of_stream(room.g)
         if w_o.b is not None:
             mm(g.x, w_o.b, out=g.o_xa)
@@ -145,7 +145,7 @@ def backward(
             go.norm1_back(i - 1, norm1)
         elif dx is not None:
             d_norm = mm(dqkv.all, w_qkv.back, out=room.d_norm)
-            room.norm1_back.fn(d_norm, x, norm1, kept.rstd1[i], g.x, dx)
+            room.last_back(d_norm, x, norm1, kept.rstd1[i], g.x, dx)
     return dx, sums.out()
 
 
