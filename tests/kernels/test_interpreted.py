@@ -24,7 +24,7 @@ def parity(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """pytest over the parity tests under `root`, interpreted."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    names = ("parity", "raw", "raw_norms", "adamw8bit", "swiglu_lora", "lora_gradients")
+    names = ("parity", "raw", "raw_norms", "adamw8bit", "swiglu_lora", "lora_gradients", "nf4_gemv")
     files = [f"tests/kernels/test_{name}.py" for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files, *arguments]
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=400)
@@ -52,7 +52,10 @@ MUTANTS = [
     ("rope", "one, two = 2 * k, 2 * k + 1", "one, two = k, k + HALF"),
     ("qk_norm_rope", "na, nb = da * c + db * s, db * c - da * s", "na, nb = da * c - db * s, db * c + da * s"),
     ("qk_norm_rope", "total += tl.sum(r * r, axis=1)", "total += 0.0"),
-    ("nf4_gemv", "total += odd * low[None, :, :]", "total += even * low[None, :, :]"),
+    ("nf4_gemv", "acc0 += s * absmax", "acc0 += s"),
+    ("nf4_gemv", "tl.minimum(row0 + r, n - 1)", "tl.minimum(r, n - 1)"),
+    ("nf4_gemv", "(0, 5, 6, 2, 4, 3, 1)", "(0, 5, 6, 2, 3, 4, 1)"),
+    ("_nf4_pairs", "_pair(word >> 16, T + 8), _pair(word >> 24, T + 8)", "_pair(word >> 24, T + 8), _pair(word >> 16, T + 8)"),
     ("lora_products", 'tl.dot(xa, b, input_precision="ieee") * scale', 'tl.dot(xa, b, input_precision="ieee")'),
     ("swiglu_lora", "last = (tl.program_id(1) + 1) * blocks // tl.num_programs(1)\n    begin", "last = blocks\n    begin"),
     ("swiglu_lora", "(part * ranks + first + r)", "(part * ranks + r)"),
@@ -88,6 +91,6 @@ def test_a_broken_kernel_is_found(name: str, right: str, wrong: str, tmp_path: P
     text = file.read_text(encoding="utf-8")
     assert text.count(right) == 1, "the line to break is not there"
     file.write_text(text.replace(right, wrong), encoding="utf-8")
-    done = parity(tmp_path, "-x", "-k", name)
+    done = parity(tmp_path, "-x", "-k", "nf4_gemv" if name == "_nf4_pairs" else name)
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-2000:]
     assert re.search(r"^E +(AssertionError|assert)", done.stdout, re.MULTILINE), "numbers differ, rather than something raises"

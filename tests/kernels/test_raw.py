@@ -13,7 +13,6 @@ from nbkit.kernels import _launch, nf4
 from nbkit.kernels import geglu as gg
 from nbkit.kernels import linear_cross_entropy as lce
 from nbkit.kernels import lora_products as lp
-from nbkit.kernels import nf4_gemv as gemv
 from nbkit.kernels import qk_norm_rope as qkn
 from nbkit.kernels import rms_norm as rms
 from nbkit.kernels import rope as rp
@@ -274,35 +273,6 @@ def test_nf4_knows_its_own_packing_alone() -> None:
     assert nf4.Nf4.of(weight) is not None
     state.packing_format_for_cpu = True
     assert nf4.Nf4.of(weight) is None and nf4.Nf4.of(torch.zeros(2, 2)) is None
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nf4_gemv_of_unit_rows_is_the_dequantised_weight_bit_for_bit(dtype: torch.dtype) -> None:
-    case = nf4.Case("", {"O": 37, "I": 320, "nested": 1})
-    parts = nf4.OP.inputs(case, dtype, DEVICE, 5)
-    packed = nf4.Nf4(parts["data"], parts["absmax"], parts["lut"], parts["shape"], 64, *parts["inner"])
-    columns = [0, 1, 2, 63, 64, 191, 318, 319]
-    x = torch.zeros(8, 320, dtype=dtype, device=DEVICE)
-    x[range(8), columns] = 1
-    y = gemv.nf4_gemv(x, packed)
-    weight = torch.empty(37, 320, dtype=dtype, device=DEVICE)
-    nf4.dequantize_nf4(packed, weight)
-    assert torch.equal(weight, nf4.dequantize_reference(packed).to(dtype))
-    assert torch.equal(y, weight[:, columns].t())
-
-
-def test_nf4_gemv_writes_where_it_is_told_and_refuses_what_does_not_fit() -> None:
-    case = nf4.Case("", {"O": 6, "I": 128})
-    parts = nf4.OP.inputs(case, torch.float32, DEVICE, 5)
-    packed = nf4.Nf4(parts["data"], parts["absmax"], parts["lut"], parts["shape"], 64)
-    buffer, out = bordered(2, 6, torch.float32, 1)
-    before, x = out.clone(), torch.randn(2, 128, device=DEVICE)
-    assert gemv.nf4_gemv(x, packed, out=out, residual=out) is out and untouched(buffer, 6)
-    close("y", out, gemv.reference(x.double(), packed) + before.double())
-    with pytest.raises(ValueError, match=r"x \(2, 64\) do not fit a weight \(6, 128\)"):
-        gemv.nf4_gemv(x[:, :64], packed)
-    with pytest.raises(ValueError, match=r"xa \(2, 4\), b \(6, 5\) do not fit"):
-        gemv.nf4_gemv(x, packed, lora=(x[:, :4], torch.randn(6, 5, device=DEVICE), 1.0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
