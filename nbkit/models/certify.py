@@ -327,8 +327,8 @@ def _runs_stock(base: Any, report: PatchReport) -> list[str]:
 def _inputs(base: Any, batch: Mapping[str, Any] | None, device: torch.device) -> dict[str, Any]:
     if batch is not None and not isinstance(batch, Mapping):
         raise ModelError(
-            f"The batch is of type {type(batch).__name__}; give {{'input_ids': tensor of shape (rows, tokens), 'labels': the same}} "
-            "or batch=None."
+            f"The batch is of type {type(batch).__name__}; give "
+            "{'input_ids': tensor of shape (rows, tokens), 'labels': the same}, or batch=None."
         )
     given = random_batch(base.config) if batch is None else dict(batch)
     ids = given.get("input_ids")
