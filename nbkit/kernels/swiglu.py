@@ -61,10 +61,20 @@ def _swiglu_backward_kernel(
         tl.store(H + row * stride_h + col, (act * up).to(H.dtype.element_ty), mask=inside)
 
 
-def _grid(n: int, f: int) -> tuple[int, int, int]:
-    """(rows, column blocks, columns a block)."""
+def _launch_forward(
+    gate: torch.Tensor, up: torch.Tensor, h: torch.Tensor, stride_gate: int, stride_up: int, stride_h: int, n: int, f: int
+) -> None:
+    """For n rows of f columns; strides are those between rows."""
     block = min(_BLOCK, power_of_two(f))
-    return n, cdiv(f, block), block
+    with on_device(gate):
+        _swiglu_forward_kernel[(n, cdiv(f, block))](gate, up, h, stride_gate, stride_up, stride_h, f, BLOCK=block, num_warps=4)
+
+
+def _launch_backward(tensors: tuple[torch.Tensor, ...], strides: tuple[int, ...], n: int, f: int, rebuild: bool) -> None:
+    """Tensors and the strides between their rows in the kernel's order."""
+    block = min(_BLOCK, power_of_two(f))
+    with on_device(tensors[0]):
+        _swiglu_backward_kernel[(n, cdiv(f, block))](*tensors, *strides, f, REBUILD=rebuild, BLOCK=block, num_warps=4)
 
 
 # -- raw functions, without autograd ---------------------------------------------------------------
@@ -78,11 +88,7 @@ def swiglu_forward(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | Non
     if not use_triton(gate, up, out):
         wide = torch.promote_types(gate.dtype, torch.float32)
         return out.copy_(reference(gate.to(wide), up.to(wide)))
-    rows, columns, block = _grid(*gate.shape)
-    with on_device(gate):
-        _swiglu_forward_kernel[(rows, columns)](
-            gate, up, out, gate.stride(0), up.stride(0), out.stride(0), gate.shape[1], BLOCK=block, num_warps=4
-        )
+    _launch_forward(gate, up, out, gate.stride(0), up.stride(0), out.stride(0), *gate.shape)
     return out
 
 
@@ -113,30 +119,49 @@ def swiglu_backward(
         for target, value in results:  # after all of them are computed: a target may be a source
             target.copy_(value)
         return dgate, dup
-    rows, columns, block = _grid(*gate.shape)
-    with on_device(gate):
-        _swiglu_backward_kernel[(rows, columns)](
-            dh, gate, up, dgate, dup, rebuilt, dh.stride(0), gate.stride(0), up.stride(0), dgate.stride(0), dup.stride(0),
-            rebuilt.stride(0), gate.shape[1], REBUILD=h is not None, BLOCK=block, num_warps=4
-        )  # fmt: skip
+    tensors = (dh, gate, up, dgate, dup, rebuilt)
+    _launch_backward(tensors, tuple(x.stride(0) for x in tensors), *gate.shape, h is not None)
     return dgate, dup
 
 
 # -- with autograd ---------------------------------------------------------------------------------
 
 
+def _with_stride(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(x, the stride between its rows), x copied unless all rows lie at one distance.
+
+    No view is made where none is needed: as_rows of three tensors costs the host half as much as a launch.
+    """
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    if x.dim() == 3 and x.stride(2) == 1 and x.stride(0) == x.stride(1) * x.shape[1]:
+        return x, x.stride(1)
+    x = as_rows(x)
+    return x, x.stride(0)
+
+
 class _SwiGLU(torch.autograd.Function):
+    """Past the raw functions and their checks: `swiglu` has looked at gate and up, and autograd gives dh as h is."""
+
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        return swiglu_forward(as_rows(gate), as_rows(up)).view(gate.shape)
+        h, f = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device), gate.shape[-1]
+        (gate, stride_gate), (up, stride_up) = _with_stride(gate), _with_stride(up)
+        _launch_forward(gate, up, h, stride_gate, stride_up, f, h.numel() // f, f)
+        return h
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
-        dgate, dup = swiglu_backward(as_rows(dh), as_rows(gate), as_rows(up))
-        return dgate.view(gate.shape), dup.view(up.shape)
+        dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        dup = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        f = gate.shape[-1]
+        (dh, stride_dh), (gate, stride_gate), (up, stride_up) = _with_stride(dh), _with_stride(gate), _with_stride(up)
+        strides = (stride_dh, stride_gate, stride_up, f, f, f)
+        _launch_backward((dh, gate, up, dgate, dup, dh), strides, dgate.numel() // f, f, False)
+        return dgate, dup
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -146,7 +171,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must be alike.")
-    if use_triton(gate, up):
+    if use_triton(gate, up) and gate.numel():
         return _SwiGLU.apply(gate, up)  # type: ignore[no-any-return]
     return reference(gate, up)
 
@@ -183,6 +208,7 @@ OP = KernelOp(
         Case("up expanded over tokens", {"B": 2, "T": 4, "F": 48, "expanded": 1}),
         Case("saturated gates", {"B": 1, "T": 4, "F": 64, "scale": 100}),
         Case("zeros", {"B": 1, "T": 2, "F": 32, "zeros": 1}),
+        Case("no tokens", {"B": 2, "T": 0, "F": 8}),
     ),
     benchmark=(
         Case("Llama-3.2-1B, 2 x 512", {"B": 2, "T": 512, "F": 8192}),
