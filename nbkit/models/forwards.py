@@ -230,6 +230,9 @@ def _check_batch(model: Any, ids: Any, embeds: Any, labels: Any, positions: torc
     Raises: ModelError for a batch without tokens, or labels that do not go with it.
     """
     check_tokens(ids, embeds)
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if ids is not None and weight is not None:
+        require_same_gpu(ids.device, weight.device)
     shape = tuple((embeds if ids is None else ids).shape[:2])
     labels = check_labels(model, labels, shape)
     if positions is None:
@@ -237,6 +240,15 @@ def _check_batch(model: Any, ids: Any, embeds: Any, labels: Any, positions: torc
         if sentence is not None:
             warnings.warn(sentence, stacklevel=3)
     return labels
+
+
+def require_same_gpu(tokens: torch.device, embedding: torch.device) -> None:
+    """Raises: ModelError for tokens on another GPU than the embedding's."""
+    if tokens.type == embedding.type == "cuda" and tokens != embedding:
+        raise ModelError(
+            f"The tokens are on {tokens} and the model is on {embedding}; bring them together. nn.DataParallel, which transformers' "
+            "Trainer takes by itself where it sees several GPUs, cannot copy a patched model: let it see one (CUDA_VISIBLE_DEVICES=0)."
+        )
 
 
 def check_labels(model: Any, labels: Any, shape: tuple[int, ...]) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 
 from nbkit.errors import ModelError
 from nbkit.families import all_families
+from nbkit.models.forwards import require_same_gpu
 from nbkit.models.layer import binding_of
 from tests.closeness import assert_like_stock
 from tests.models.layer.rig import batch, lora
@@ -86,6 +87,15 @@ def test_batches_that_are_refused(given: dict[str, Any], sentence: str, way: str
 def test_batches_without_labels_that_are_refused(ids: torch.Tensor) -> None:
     with pytest.raises(ModelError, match="The batch is empty|input_ids are of shape"):
         patched(lora("llama"), "layers")(input_ids=ids)
+
+
+def test_tokens_on_another_gpu() -> None:
+    """As the replicas of nn.DataParallel have them, all of which run the forward of the one model that was patched."""
+    one, other = torch.device("cuda", 0), torch.device("cuda", 1)
+    for tokens, embedding in ((one, one), (torch.device("cpu"), one), (one, torch.device("cpu"))):
+        require_same_gpu(tokens, embedding)  # the last: an embedding that is parked in host RAM
+    with pytest.raises(ModelError, match="The tokens are on cuda:1 and the model is on cuda:0; .*nn.DataParallel"):
+        require_same_gpu(other, one)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16])
