@@ -246,8 +246,9 @@ def require_same_gpu(tokens: torch.device, embedding: torch.device) -> None:
     """Raises: ModelError for tokens on another GPU than the embedding's."""
     if tokens.type == embedding.type == "cuda" and tokens != embedding:
         raise ModelError(
-            f"The tokens are on {tokens} and the model is on {embedding}; bring them together. nn.DataParallel, which transformers' "
-            "Trainer takes by itself where it sees several GPUs, cannot copy a patched model: let it see one (CUDA_VISIBLE_DEVICES=0)."
+            f"The tokens are on {tokens} and the model is on {embedding}; bring them together. nn.DataParallel, which "
+            "transformers' Trainer takes by itself where it sees several GPUs, cannot copy a patched model: let it see one "
+            "(CUDA_VISIBLE_DEVICES=0)."
         )
 
 
