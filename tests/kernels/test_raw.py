@@ -276,6 +276,16 @@ def test_nf4_knows_its_own_packing_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("nested", [0, 1])
+def test_nf4_is_dequantised_bit_for_bit(nested: int, dtype: torch.dtype) -> None:
+    parts = nf4.OP.inputs(nf4.Case("", {"O": 37, "I": 320, "nested": nested}), dtype, DEVICE, 5)
+    packed = nf4.Nf4(parts["data"], parts["absmax"], parts["lut"], parts["shape"], 64, *(parts["inner"] or ()))
+    weight = torch.empty(37, 320, dtype=dtype, device=DEVICE)
+    nf4.dequantize_nf4(packed, weight)
+    assert torch.equal(weight, nf4.dequantize_reference(packed).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("by_row", [False, True])
 def test_linear_cross_entropy_rows_become_their_gradient(dtype: torch.dtype, softcap: float | None, by_row: bool) -> None:
