@@ -1,8 +1,8 @@
 """Sixteen 4-bit codes to sixteen 16-bit values in registers: the table's bytes are permuted, nothing is loaded.
 
-A lookup by a load costs a weight 3 to 5 instructions of the memory pipe. The 16 values in 16 bits are eight registers, and PRMT
-picks any four bytes of two of them: 21 instructions give eight values. They come in pairs, as a byte of the packed weight has
-them: the high nibble's value, which is the first column, in the low half of a register.
+By loads each weight takes a shift, a mask, an address and a load. The 16 values in 16 bits are eight registers, and PRMT picks
+any four bytes of two of them: 21 instructions give eight values. They come in pairs, as a byte of the packed weight has them: the
+high nibble's value, which is the first column, in the low half of a register.
 
 What 16 bits hold of a table depends on where its values lie between two powers of two, so the table is kept times the s in [1, 2)
 for which the squared error is least, and the sums are multiplied by 1 / s. For NF4 in bfloat16 the weights' error is 0.8e-3,
