@@ -35,14 +35,14 @@ class Embedding:
         if wanted:
             vars(module)[MARK] = module.weight.device
             module.weight.data = module.weight.data.to("cpu")
-            vars(module)["forward"] = MethodType(_gather, module)
+            vars(module)["forward"] = MethodType(gather, module)
         else:
             device = vars(module).pop(MARK)
             vars(module).pop("forward", None)
             module.weight.data = module.weight.data.to(device)
 
 
-def _gather(self: Any, input: Tensor) -> Tensor:
+def gather(self: Any, input: Tensor) -> Tensor:
     """The rows of `input` (..,) on the device it came from, (.., D)."""
     device, ids = vars(self)[MARK], input.reshape(-1).cpu()
     out = torch.empty(len(ids), self.weight.shape[1], dtype=self.weight.dtype, device=device)

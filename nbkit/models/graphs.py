@@ -53,6 +53,7 @@ class Graphs:
     recorded: dict[tuple, Recorded] = field(default_factory=dict)
     outside: list[Tensor] = field(default_factory=list)  # the parameters that are in no decoder layer
     clock: int = 0
+    forwards: list[Any] = field(default_factory=list)  # bound to what lies around the layers when it was last looked at
     hooks: int = -1  # how many there were anywhere when they were last looked through
     odd: str = ""  # what replays would not call, as it was found then
     version: int = -1  # the binding's, as the graphs know it
@@ -160,12 +161,13 @@ class Graphs:
         What lies in the layers is for them to see.
         """
         decoder, head = self.binding.decoder, head_of(self.model, self.family)
-        quiet = self.hooks == hooks_made() and not self.odd
+        around = [(name, module) for name, module in decoder.named_children() if not isinstance(module, nn.ModuleList)]
+        forwards = [vars(module).get("forward") for _, module in around]
+        quiet = self.hooks == hooks_made() and self.forwards == forwards and not self.odd
         if quiet and not own_forward(decoder) and plain_head(head) is None:
             return ""
-        self.hooks = hooks_made()
+        self.hooks, self.forwards = hooks_made(), forwards
         layers = [(f"layer {one.parts.index}", one.parts.layer) for one in self.binding.bound]
-        around = [(name, module) for name, module in decoder.named_children() if not isinstance(module, nn.ModuleList)]
         self.odd = foreign([(type(decoder).__name__, decoder), *around, *layers], "a replay") or ""
         if plain_head(head) is not None:
             self.odd = f"{self.family.head.module}: {plain_head(head)}"

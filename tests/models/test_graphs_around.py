@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from nbkit.models.embedding import Embedding
 from tests.closeness import assert_all_like_stock
 from tests.models.layer.rig import batch, fill, lora, step
 from tests.models.test_graphs import EAGER, Tape, patched
@@ -42,6 +43,30 @@ def test_hooks_that_only_ask_embeddings_for_a_gradient_change_nothing() -> None:
     for _ in range(EAGER + 1):
         step(model, **batch())
     assert Tape.made == 1 and graphs.note.startswith("1 CUDA graphs")
+
+
+def test_an_embedding_that_nbkit_itself_has_parked_is_nobody_elses() -> None:
+    model, graphs = patched()
+    embedding = Embedding(graphs.binding.decoder)
+    embedding.park(True)
+    assert graphs.passed_over() == ""
+    embedding.park(False)
+    scaled("model.embed_tokens")(model)
+    assert "embed_tokens" in graphs.passed_over()
+
+
+@pytest.mark.parametrize("path", ["model.embed_tokens", "model.norm"])
+def test_a_forward_bound_between_replays_is_called(path: str) -> None:
+    model, graphs = patched()
+    truth = lora("llama")
+    for _ in range(EAGER + 1):
+        step(model, **batch())
+    for one in (model, truth):
+        scaled(path)(one)
+    want, _ = step(truth, **batch())
+    loss, _ = step(model, **batch())
+    assert Tape.made == 1 and loss == pytest.approx(want, abs=1e-5)
+    assert "a forward of its own" in graphs.note and path.split(".")[-1] in graphs.note
 
 
 def scaled(path: str) -> Callable[[Any], None]:

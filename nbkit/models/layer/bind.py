@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from nbkit.families import Family
 from nbkit.kernels.lora_border import BorderWriter
 from nbkit.models import attention, planner
-from nbkit.models.embedding import Embedding
-from nbkit.models.layer.adapters import Columns, Unfit, Watch
+from nbkit.models.embedding import Embedding, gather
+from nbkit.models.layer.adapters import OURS, Columns, Unfit, Watch
 from nbkit.models.layer.arena import Arena
 from nbkit.models.layer.bound import MARK as MARK
 from nbkit.models.layer.bound import BoundLayer, forward
@@ -34,6 +34,7 @@ from nbkit.models.unshared import Unshared
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
 PACK = "_nbkit_documents"  # attribute of what stands for the mask: the documents of a pack, or None
 LAST = "_nbkit_last_norm"  # instance attribute of the norm after the layers: their Binding
+OURS.add(gather)  # a parked embedding's
 
 
 class Binding(Unshared):
