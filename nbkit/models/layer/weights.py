@@ -69,11 +69,12 @@ class Own(NamedTuple):
 
 
 class Used(NamedTuple):
-    """What a forward read: terms of adapters, what of the linears is trained, and the linears, which PEFT may switch."""
+    """What a forward read: terms of adapters, what of the linears is trained, the linears, which PEFT may switch, their tensors."""
 
     terms: list[Term]
     own: list[Own]
     bases: list[Any]
+    tensors: list[Any]
 
 
 class Views(NamedTuple):
@@ -111,7 +112,7 @@ class Group:
         self._watch: Watch | None = None
         self._views: Views | None = None
         self._look_at([base_of(part_of(parent, n)) for n in names])
-        self.used = Used([], [], self.bases)
+        self.used = Used([], [], self.bases, tensors_of(self.bases))
 
     def _look_at(self, bases: list[Any]) -> None:
         """Take these as the linears of the group. Raises: Unfit where they do not go together."""
@@ -183,7 +184,7 @@ class Group:
             of_linear = terms(module, start, start + size, offset, name)
             found += of_linear
             start, offset = start + size, offset + sum(t.rank for t in of_linear)
-        self._take(Used(found, own, self.bases))
+        self._take(Used(found, own, self.bases, tensors_of(self.bases)))
         self._watch = Watch(self.parent, self.names)
         return True
 
@@ -222,9 +223,17 @@ class Group:
         return lora + [p for o in self.own for p in (o.weight, o.bias) if p is not None]
 
     def use(self, used: Used) -> None:
-        """Put back what a forward used, where another adapter was switched to between it and its backward."""
+        """Put back what a forward used, where another adapter was switched to between it and its backward.
+
+        Raises: ModelError where the linears bear other weights by now: those of the forward are nowhere any more.
+        """
         if used is self.used:
             return
+        if any(now is not then for now, then in zip(tensors_of(used.bases), used.tensors, strict=True)):
+            raise ModelError(
+                f"The weights of {', '.join(self.names)} were replaced, and a forward was made, between another forward and its "
+                "backward; run the backward first."
+            )
         self._follow(used.bases)
         self._watch = None
         self.scratch.owner.pop(self.name, None)
@@ -331,6 +340,11 @@ class Group:
         for p in (p for base in bases for p in base.parameters()):
             if any(first <= p.data_ptr() < end for first, end in ours):
                 p.data = p.detach().clone(memory_format=torch.contiguous_format)
+
+
+def tensors_of(bases: Sequence[Any]) -> list[Any]:
+    """Weight and bias of each."""
+    return [base._parameters.get(name) for base in bases for name in ("weight", "bias")]
 
 
 def apart(part: Tensor) -> Tensor:

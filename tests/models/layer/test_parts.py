@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn.modules.module import register_module_forward_hook
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
+from nbkit.errors import ModelError
 from nbkit.models.layer.bind import Binding
 from tests.models.layer.rig import batch, lora, step, worst
 from tests.models.layer.test_layer import bound
@@ -226,6 +227,31 @@ def test_weights_that_are_lent_for_one_forward(of: str) -> None:
         assert loss == pytest.approx(own[0], rel=1e-6) and worst(grads, own[1])[0] < 1e-5
     assert binding.how and not binding.reasons
     binding.release()
+
+
+@pytest.mark.parametrize("of", ["base_layer", "norm"])
+def test_weights_that_are_lent_for_two_forwards_at_once(of: str) -> None:
+    """Norms stay as each forward read them; linears do not, which is said: their gradients would be of other weights."""
+    model = lora("llama")
+    lent = [{n: (p.detach() * factor) for n, p in model.named_parameters() if of in n} for factor in (1.1, 0.9)]
+
+    def both() -> dict[str, torch.Tensor]:
+        made = [functional_call(model, one, (), {**batch(seed=i), "use_cache": False}).loss for i, one in enumerate(lent)]
+        (made[0] * 2 + made[1]).backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    truth = both()
+    model.zero_grad()
+    binding = bound(model)
+    if of == "norm":
+        assert worst(both(), truth)[0] < 1e-5
+    else:
+        with pytest.raises(ModelError, match="were replaced, and a forward was made, between another forward and its backward"):
+            both()
+    model.zero_grad()
+    loss, _ = step(model, **batch(), use_cache=False)
+    binding.release()
+    assert loss == pytest.approx(step(model, **batch(), use_cache=False)[0], rel=1e-6)
 
 
 def test_the_norms_of_a_bound_layer_may_be_parametrized() -> None:
