@@ -235,7 +235,7 @@ def test_weights_that_are_lent_for_two_forwards_at_once(of: str) -> None:
     model = lora("llama")
     lent = [{n: (p.detach() * factor) for n, p in model.named_parameters() if of in n} for factor in (1.1, 0.9)]
 
-    def both() -> dict[str, torch.Tensor]:
+    def both() -> dict[str, Any]:
         made = [functional_call(model, one, (), {**batch(seed=i), "use_cache": False}).loss for i, one in enumerate(lent)]
         (made[0] * 2 + made[1]).backward()
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
