@@ -69,7 +69,7 @@ class Own(NamedTuple):
 
 
 class Used(NamedTuple):
-    """What a forward read: terms of adapters, what is trained of the linears, the linears, which PEFT may switch, their tensors."""
+    """What a forward read: terms of adapters, what is trained of the linears, these, which PEFT may switch, their tensors."""
 
     terms: list[Term]
     own: list[Own]
