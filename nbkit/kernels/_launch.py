@@ -399,6 +399,12 @@ def capability_of(x: torch.Tensor) -> tuple[int, int]:
     return _capability(x.get_device())
 
 
+@cache
+def processors(device: torch.device) -> int:
+    """The multiprocessors of a GPU; elsewhere a small number, with which every plan can be made."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 _HERE = nullcontext()
 
 

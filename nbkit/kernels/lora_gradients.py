@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from nbkit.kernels._gemm import accumulate
-from nbkit.kernels._launch import Prepared, Stand, capability_of, cdiv, jit, kernel, on_device, power_of_two, tl, use_triton
+from nbkit.kernels._launch import Prepared, capability_of, cdiv, jit, kernel, on_device, power_of_two, processors, tl, use_triton
 from nbkit.kernels._op import Case, KernelOp
-from nbkit.kernels.swiglu_lora import MIN_CAPABILITY, _processors
+from nbkit.kernels.swiglu_lora import MIN_CAPABILITY
 
 MOST = 6  # products of a launch
 MAX_RANK = 256
@@ -201,7 +201,7 @@ def _launch_of(kinds: tuple[_Kind, ...], device: torch.device) -> _Launch | None
     rank, columns = max(kind[0][1] for kind in kinds), sum(kind[1][1] for kind in kinds)
     if rank > MAX_RANK or len(dtypes) > 1 or any(kind[0][0] != n for kind in kinds):
         return None
-    plan = plan_of(rank, columns, _processors(device))
+    plan = plan_of(rank, columns, processors(device))
     cuts, first = [], 0
     for thin, wide, _, *strides, _, _, _, turned in kinds:
         chunks = cdiv(thin[1], plan.block_r)
@@ -277,19 +277,18 @@ def one_product(p: Product, add: bool = False) -> None:
     accumulate(p.out, left.t(), right, p.scale, add)
 
 
-def prepared_products(turned: Sequence[bool], scales: Sequence[float], add: bool = False, stand: Stand | None = None) -> Prepared:
+def prepared_products(turned: Sequence[bool], scales: Sequence[float], add: bool = False) -> Prepared:
     """`thin_products` for tensors that keep shapes, strides and dtypes: takes thin, wide, out of the first, then of the next.
 
     Args:
         turned, scales: of each product.
-        stand: see `Prepared`.
     """
 
     def run(*tensors: Tensor) -> None:
         each = zip(tensors[::3], tensors[1::3], tensors[2::3], turned, scales, strict=True)
         thin_products([Product(*p) for p in each], add)
 
-    return Prepared(run, stand=stand)
+    return Prepared(run)
 
 
 # -- op --------------------------------------------------------------------------------------------

@@ -18,14 +18,13 @@ Shapes: x (N, I), y and residual (N, O), xa (N, R), b (O, R), all with any row s
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nbkit.kernels import nf4
-from nbkit.kernels._launch import capability_of, cdiv, check_rows, jit, kernel, on_device, tl, use_triton
+from nbkit.kernels._launch import capability_of, cdiv, check_rows, jit, kernel, on_device, processors, tl, use_triton
 from nbkit.kernels._nf4_pairs import ASSEMBLED, eight_pairs, halves, table_of, widened
 from nbkit.kernels._op import Case, KernelOp
 from nbkit.kernels.nf4 import NESTED_BLOCK, Nf4, dequantize_reference
@@ -317,7 +316,7 @@ def _launch(
         if dots:
             programs = cdiv(o, _DOT)
             # Where few programs share the GPU, each gets more warps. Measured on 132 multiprocessors: 256 programs against 384.
-            warps = 8 if programs <= 2 * _multiprocessors(x.get_device()) else 4
+            warps = 8 if programs <= 2 * processors(x.device) else 4
             _dot_gemv[(programs,)](*numbers, **constants, BO=_DOT, num_warps=warps)
         else:
             rows = min(n, 2)
@@ -327,11 +326,6 @@ def _launch(
 def _on_tensor_cores(x: Tensor) -> bool:
     """Whether Triton multiplies on them: from Ampere on. Those of AMD want more rows than there are."""
     return torch.version.hip is None and (not x.is_cuda or capability_of(x) >= (8, 0))
-
-
-@cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count if index >= 0 else 1
 
 
 # -- op --------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ through swiglu.py and torch's GEMMs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ from nbkit.kernels._launch import (
     kernel,
     on_device,
     power_of_two,
+    processors,
     tl,
     use_triton,
 )
@@ -246,11 +247,6 @@ def parts_of(tiles: int, blocks: int, programs: int, least: int) -> int:
     return max(min(programs // tiles, blocks // least), 1)
 
 
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
 # -- public functions ------------------------------------------------------------------------------
 
 
@@ -290,7 +286,7 @@ def swiglu_lora_forward(
         if kept is not None:
             kept.copy_(xa)
         return out, xa
-    plan = forward_plan(n, f, r, _processors(gate.device))
+    plan = forward_plan(n, f, r, processors(gate.device))
     part = torch.empty(plan.parts, n, r, dtype=torch.float32, device=gate.device)
     with on_device(gate):
         _swiglu_lora_forward_kernel[(cdiv(n, plan.block_n), plan.parts)](
@@ -347,7 +343,7 @@ def swiglu_lora_backward(
         swiglu_backward(dh, gate, up, dgate, dup, h=None if da is None else dh)  # dh holds h by now
         _products((da, u, dh, 1.0), (db_gate, dgate, xa_gate[:, :rg], scales[0]), (db_up, dup, xa_up[:, :ru], scales[1]), add=add)
         return dgate, dup
-    plan, block_r = backward_plan(n, f, max(rd, rg, ru), _processors(gate.device)), _block_r(max(rd, rg, ru))
+    plan, block_r = backward_plan(n, f, max(rd, rg, ru), processors(gate.device)), _block_r(max(rd, rg, ru))
     part = torch.empty(plan.parts, rd + rg + ru, f, dtype=torch.float32, device=gate.device)
     outs = [part if x is None else x for x in (da, db_gate, db_up)]
     ranks = {"RD": rd, "RG": rg, "RU": ru}

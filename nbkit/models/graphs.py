@@ -145,11 +145,12 @@ class Graphs:
     def obstacle(self, rows: int) -> str | None:
         """Why steps of so many tokens are recorded on no GPU, whatever memory there is; None where they are."""
         parts = self.binding.bound[0].parts if self.binding.bound else None
+        passed_over = self.passed_over()
         reasons = {
             self.failed: bool(self.failed),
             "not every layer takes the fused path": parts is None or bool(self.binding.reasons),
             "autocast asks for another dtype": parts is not None and autocast_differs("cuda", parts.dtype),
-            self.passed_over(): self.odd != "",
+            passed_over: bool(passed_over),
             "more is trained than LoRA": not self.only_lora or any(p.requires_grad for p in self.outside),
             "the GPU, not its launches, sets the pace": rows * self.weights > LAUNCH_BOUND,
         }
@@ -164,14 +165,15 @@ class Graphs:
         around = [(name, module) for name, module in decoder.named_children() if not isinstance(module, nn.ModuleList)]
         forwards = [vars(module).get("forward") for _, module in around]
         quiet = self.hooks == hooks_made() and self.forwards == forwards and not self.odd
-        if quiet and not own_forward(decoder) and plain_head(head) is None:
+        own, why = own_forward(decoder), plain_head(head)
+        if quiet and not own and why is None:
             return ""
         self.hooks, self.forwards = hooks_made(), forwards
         layers = [(f"layer {one.parts.index}", one.parts.layer) for one in self.binding.bound]
         self.odd = foreign([(type(decoder).__name__, decoder), *around, *layers], "a replay") or ""
-        if plain_head(head) is not None:
-            self.odd = f"{self.family.head.module}: {plain_head(head)}"
-        elif own_forward(decoder) and not self.odd:
+        if why is not None:
+            self.odd = f"{self.family.head.module}: {why}"
+        elif own and not self.odd:
             self.odd = f"{type(decoder).__name__} has a forward of its own"
         return self.odd
 

@@ -12,7 +12,7 @@ from nbkit.config import IGNORE_INDEX
 from nbkit.families import Family
 from nbkit.kernels._launch import capability_of
 from nbkit.kernels.linear_cross_entropy import linear_cross_entropy
-from nbkit.models.layer.adapters import HOOKS, base_of
+from nbkit.models.layer.adapters import base_of, hooked
 
 SMALL_HEAD = 3e11  # rows times weights of the head: 1.5 ms of an H200, forward and backward
 
@@ -94,7 +94,7 @@ def plain_head(head: nn.Module) -> str | None:
         return "it has a bias and makes its own projection of the labelled rows"
     if type(head.weight) is not nn.Parameter and type(head.weight) is not torch.Tensor:
         return f"its weight is a {type(head.weight).__name__}, so it makes its own projection of the labelled rows"
-    if "forward" in vars(head) or any(vars(head)[kind] for kind in HOOKS):
+    if "forward" in vars(head) or hooked(head):
         return "another library has hooked it, so it makes its own projection of the labelled rows"
     return None
 

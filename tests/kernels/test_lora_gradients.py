@@ -324,7 +324,7 @@ def test_lora_gradients_fetch_ahead_in_16_bytes(
     from triton.compiler import ASTSource
 
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-    monkeypatch.setattr(lg, "_processors", lambda device: 132)
+    monkeypatch.setattr(lg, "processors", lambda device: 132)
     spans = (lg._attention(4096, 1024, r) if name == "attention" else lg._mlp(4096, r))["spans"]
     width = max(c[1] for _, c, _ in spans)
     thin, wide = (torch.empty(1, w, dtype=torch.float16) for w in (8 * r, width))

@@ -76,6 +76,16 @@ def hooks_made() -> int:
     return RemovableHandle.next_id
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether it has any hook."""
+    return any(vars(module)[kind] for kind in HOOKS)
+
+
+def differ(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether these are not the very same objects."""
+    return any(a is not b for a, b in zip(some, others, strict=True))
+
+
 def of_others(module: nn.Module, *known: str) -> bool:
     """Whether its class has a forward of none of the libraries `known`: one's own subclass, say, or a class that was patched."""
     return type(module).forward.__module__.partition(".")[0] not in known

@@ -12,6 +12,7 @@ from nbkit.models.layer.adapters import (
     Unfit,
     Watch,
     base_of,
+    differ,
     foreign,
     hooks_made,
     kind_of,
@@ -148,11 +149,6 @@ class Parts:
         """All that is trained, group by group and then the norms: the order in which the backward gives their gradients."""
         norms = [weight for weight, trained in zip(self.weights, self.norms_trained, strict=True) if trained]
         return [p for group in self.groups for p in group.parameters()] + norms
-
-
-def differ(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
-    """Whether these are not the very same objects."""
-    return any(a is not b for a, b in zip(some, others, strict=True))
 
 
 def require_own(layer: nn.Module) -> None:

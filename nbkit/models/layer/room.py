@@ -101,7 +101,7 @@ class Room:
     def __init__(self, layout: Layout, batch: int, tokens: int, turned: tuple[Any, ...]) -> None:
         d, f, h, g, k = layout.dims
         n, (r_qkv, r_o, r_gate_up, r_down) = batch * tokens, layout.ranks
-        self.kind, self.spans = (batch, tokens, turned), layout.spans
+        self.kind = (batch, tokens, turned)
         self.layout, (self.cuts, self.row) = layout, cuts_of(layout)
         self.slabs: Slabs | None = None
         self.stand = Stand()
@@ -147,7 +147,7 @@ class Room:
 
     def _calls(self, kept: Slabs) -> Calls:
         g, hidden, activated = self.g, self.hidden, (self.dgate, self.dup)
-        qkv, o, gate_up, down = self.spans
+        qkv, o, gate_up, down = self.layout.spans
         xa_qkv, xa_o, xa_gate_up, xa_down = kept.terms
         of_hidden = (None, hidden.x, hidden.xa, kept.xa_down) if self.layout.ranks[3] else (hidden.x,)
         back = (None, kept.h_gate_up.xa, *activated, None) if self.fused else activated
@@ -170,7 +170,7 @@ class Room:
 
     def of_stream(self, g: Stream) -> list[Tensor]:
         """What `Calls.of_mlp` takes of the gradient of the residual stream."""
-        down = self.spans[3]
+        down = self.layout.spans[3]
         return [g.down_xa] * bool(down and not self.fused) + [g.x] * len(down)
 
     def sums(self, layers: int) -> Sums:

@@ -19,7 +19,7 @@ from torch import Tensor
 from nbkit.kernels._autograd import first_order
 from nbkit.kernels._launch import as_rows, on_device
 from nbkit.models import attention
-from nbkit.models.layer.adapters import hooks_made, own_forward
+from nbkit.models.layer.adapters import hooked, hooks_made, own_forward
 from nbkit.models.layer.function import GradientRows
 from nbkit.models.layer.parts import Parts
 from nbkit.models.layer.room import Layout, Room, Slabs, Stream, layout_of
@@ -308,9 +308,7 @@ class Stacks:
 
     def _watched(self, layer: Any) -> bool:
         """Whether somebody wants to see this very layer: a hook, or a forward of another library around the bound one."""
-        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-            return True
-        return getattr(vars(layer).get("forward"), "__func__", None) is not self.own
+        return hooked(layer) or getattr(vars(layer).get("forward"), "__func__", None) is not self.own
 
 
 def attend(binding: Any, p: Parts, x: Tensor, mask: Tensor | None, documents: attention.Documents | None) -> attention.Attend:

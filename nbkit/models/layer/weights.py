@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nbkit.errors import ModelError
 from nbkit.kernels.lora_border import write_borders
 from nbkit.kernels.nf4 import Nf4, dequantize_nf4
-from nbkit.models.layer.adapters import Term, Unfit, Watch, base_of, kind_of, part_of, terms
+from nbkit.models.layer.adapters import Term, Unfit, Watch, base_of, differ, kind_of, part_of, terms
 
 RANK_STEP = 16  # ranks are padded with zeros to a multiple of it: tensor cores read K in such steps
 STRIDE_STEP = 64  # the border's width: rows stay 128-byte aligned in 16 bits
@@ -229,7 +229,7 @@ class Group:
         """
         if used is self.used:
             return
-        if any(now is not then for now, then in zip(tensors_of(used.bases), used.tensors, strict=True)):
+        if differ(tensors_of(used.bases), used.tensors):
             raise ModelError(
                 f"The weights of {', '.join(self.names)} were replaced, and a forward was made, between another forward and its "
                 "backward; run the backward first."
